@@ -1,0 +1,1 @@
+"""Recurrent cells: arrays in, arrays out, on one device, no parameters."""

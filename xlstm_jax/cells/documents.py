@@ -1,0 +1,41 @@
+"""Which document every token belongs to, and what it may see.
+
+Segment ids are int32, start at 1 and never decrease along the real tokens;
+0 is padding. The id of the last token travels in a cell's state: token 0
+continues the state if and only if the ids are equal.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+class Documents(NamedTuple):
+  """Segment ids as the cells read them."""
+
+  id_BT: Int[Array, "B T"]  # padding has the id of the token before it
+  real_BT: Bool[Array, "B T"]  # not padding
+  start_BT: Bool[Array, "B T"]  # the past of this token is empty
+  last_B: Int[Array, "B"]  # the id for the next call's state
+
+
+def documents(
+  segments_BT: Int[Array, "B T"] | None,
+  previous_B: Int[Array, "B"],
+  time: int,
+) -> Documents:
+  """Reads segment ids that follow a state whose last token had `previous_B`.
+
+  Without ids every token is real and continues the state; an empty past
+  (id 0) is then left as document 1.
+  """
+  if segments_BT is None:
+    id_BT = jnp.broadcast_to(previous_B[:, None], (len(previous_B), time))
+    real_BT = jnp.ones_like(id_BT, bool)
+    return Documents(id_BT, real_BT, ~real_BT, jnp.maximum(previous_B, 1))
+  id_BT = jax.lax.cummax(segments_BT, axis=1)
+  id_BT = jnp.where(id_BT == 0, previous_B[:, None], id_BT)
+  before_BT = jnp.concatenate([previous_B[:, None], id_BT[:, :-1]], axis=1)
+  return Documents(id_BT, segments_BT != 0, id_BT != before_BT, id_BT[:, -1])

@@ -1,0 +1,399 @@
+"""The mLSTM on Hopper GPUs: chunks in Pallas Mosaic GPU kernels.
+
+Three steps, each parallel over batch rows and heads: gates in plain XLA
+(`pallas_gpu_gates`), the states that enter every chunk (`scan_states`), and
+all chunks at once (`attend`). docs/kernels.md has the reasoning and the
+measurements.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, DTypeLike, Float
+
+from xlstm_jax.cells.documents import Documents
+from xlstm_jax.cells.mlstm.pallas_gpu_gates import (
+  LOG2_E,
+  Scales,
+  last_stabilizer,
+  scales,
+)
+from xlstm_jax.cells.mlstm.state import State
+from xlstm_jax.errors import UserError
+
+SHARED_MEMORY = 227 * 1024  # bytes a block may have on a Hopper GPU
+RESERVED = 10240  # of it, for vectors, barriers and reductions
+MULTIPROCESSORS = 132
+MAX_DIM = 512
+CHUNKS = (128, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+  """What is static in the kernels' forward and backward pass."""
+
+  chunk: int
+  key_dim: int  # before padding: the queries are scaled by key_dim^-0.5
+  stabilize: bool
+  normalize: bool
+  eps: float
+  interpret: Any
+
+
+def pallas_gpu(
+  q_BTHK: Float[Array, "B T H K"],
+  k_BTHK: Float[Array, "B T H K"],
+  v_BTHV: Float[Array, "B T H V"],
+  log_i_BTH: Float[Array, "B T H"],
+  log_f_BTH: Float[Array, "B T H"],
+  documents: Documents,
+  state: State,
+  *,
+  stabilize: bool,
+  normalize: bool,
+  eps: float,
+  chunk: int | None = None,
+  interpret: Any = None,
+) -> tuple[Float[Array, "B T H V"], State]:
+  """`recurrent` on a Hopper GPU, in bfloat16 and chunks of 128 or 256 tokens.
+
+  The gradient is the true one but for the stabiliser in `eps exp(m)`, which
+  counts as a constant. With `interpret` (`InterpretGPUParams`) the kernels'
+  logic runs on any device, slowly.
+
+  Raises:
+    UserError: If the kernels cannot run here or on these arrays.
+  """
+  chunk = CHUNKS[-1] if chunk is None else chunk
+  key_dim, value_dim = q_BTHK.shape[-1], v_BTHV.shape[-1]
+  reason = refusal(q_BTHK.dtype, key_dim, value_dim, chunk)
+  if reason is None and not interpret:
+    reason = device_refusal()
+  if reason is not None:
+    raise UserError(
+      f"The mLSTM backend 'pallas_gpu' cannot run: {reason}. Choose another "
+      "backend, for example 'chunkwise'."
+    )
+  time = q_BTHK.shape[1]
+  past = _rescaled(state, jax.lax.stop_gradient(state.m_BH))
+
+  def pad(x, *, time_fill=None, dim=None):
+    widths = [(0, 0)] * x.ndim
+    if time_fill is not None:
+      widths[1] = (0, -time % chunk)
+    if dim is not None:
+      widths[dim] = (0, -x.shape[dim] % 64)
+    if all(width == (0, 0) for width in widths):
+      return x
+    if time_fill == "edge":
+      return jnp.pad(x, widths, mode="edge")
+    return jnp.pad(x, widths, constant_values=time_fill or 0)
+
+  starts_BT = documents.start_BT
+  if -time % chunk:
+    starts_BT = jnp.pad(starts_BT, ((0, 0), (0, -time % chunk)))
+  h_BTHV, C_BHKV, n_BHK, m_BH = _mlstm(
+    _Options(chunk, key_dim, stabilize, normalize, eps, interpret),
+    pad(q_BTHK, time_fill=0, dim=3),
+    pad(k_BTHK, time_fill=0, dim=3),
+    pad(v_BTHV, time_fill=0, dim=3),
+    pad(log_i_BTH, time_fill=-jnp.inf),
+    pad(log_f_BTH, time_fill=0),
+    pad(pad(past.C_BHKV, dim=2), dim=3),
+    pad(past.n_BHK, dim=2),
+    past.m_BH,
+    past.segment_B,
+    pad(documents.id_BT, time_fill="edge"),
+    starts_BT,
+  )
+  last = State(
+    C_BHKV[..., :key_dim, :value_dim],
+    n_BHK[..., :key_dim],
+    m_BH,
+    documents.last_B,
+  )
+  if stabilize:
+    m_BH = last_stabilizer(
+      log_i_BTH, log_f_BTH, documents, state.m_BH, state.segment_B
+    )
+    last = _rescaled(last, m_BH)
+  return h_BTHV[:, :time, :, :value_dim], last
+
+
+def refusal(
+  dtype: DTypeLike, key_dim: int, value_dim: int, chunk: int
+) -> str | None:
+  """Why the kernels do not take such arrays, or None."""
+  if dtype != jnp.bfloat16:
+    return f"it computes in bfloat16, and the tokens are {jnp.dtype(dtype)}"
+  if max(key_dim, value_dim) > MAX_DIM:
+    return (
+      f"heads of {key_dim} keys and {value_dim} values exceed {MAX_DIM} numbers"
+    )
+  if chunk not in CHUNKS:
+    return f"chunk is {chunk}, and it takes chunks of 128 or 256 tokens"
+  return None
+
+
+def device_refusal() -> str | None:
+  """Why the kernels do not run on the default device, or None."""
+  device = jax.devices()[0]
+  capability = getattr(device, "compute_capability", None)
+  if device.platform != "gpu" or capability != "9.0":
+    return (
+      "it needs a Hopper GPU (compute capability 9.0), and the device is "
+      f"{device.device_kind}"
+    )
+  return None
+
+
+def _kernels():
+  # Pallas takes seconds to import, and only Hopper GPUs need it.
+  from xlstm_jax.cells.mlstm import pallas_gpu_kernels
+
+  return pallas_gpu_kernels
+
+
+def _rescaled(state: State, m_BH) -> State:
+  """The same state with C and n scaled by exp(-m_BH).
+
+  For the kernels the scale is a constant; outside, m is a variable.
+  """
+  factor_BH = jnp.exp(state.m_BH - m_BH)
+  C_BHKV = factor_BH[..., None, None] * state.C_BHKV
+  n_BHK = factor_BH[..., None] * state.n_BHK
+  return State(C_BHKV, n_BHK, m_BH, state.segment_B)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mlstm(opt, q, k, v, log_i, log_f, C, n, m, segment, id_, start):
+  return _forward(opt, q, k, v, log_i, log_f, C, n, m, segment, id_, start)[0]
+
+
+def _forward(opt, q, k, v, log_i, log_f, C, n, m, segment, id_, start):
+  s = scales(
+    log_i,
+    log_f,
+    id_,
+    start,
+    m,
+    segment,
+    chunk=opt.chunk,
+    key_dim=opt.key_dim,
+    stabilize=opt.stabilize,
+  )
+  states = partial(
+    _states, k, v, s.write_BHT, s.write_BHT, s.keep_BHN, C, n, opt=opt
+  )
+  C_BHNKV, n_BHNK, C_last, n_last = states()
+  floor_BHT, extra_BHT = _floor(s, opt)
+  h, u_BHT = _kernels().attend(
+    "h",
+    q,
+    k,
+    v,
+    C_BHNKV,
+    n_BHNK,
+    row_BHT=s.reader_BHT,
+    column_BHT=s.writer_BHT,
+    past_BHT=s.past_BHT,
+    border_BT=s.first_BT,
+    floor_BHT=floor_BHT,
+    extra_BHT=extra_BHT,
+    chunk=opt.chunk,
+    tiles=tiles(q.shape[-1], v.shape[-1]),
+    normalize=opt.normalize,
+    interpret=opt.interpret,
+  )
+  kept = (q, k, v, h, u_BHT, s, C_BHNKV, n_BHNK, C_last, n_last)
+  return (h, C_last, n_last, s.m_last_BH), kept
+
+
+def _backward(opt, kept, cotangents):
+  q, k, v, h, u_BHT, s, C_BHNKV, n_BHNK, C_last, n_last = kept
+  dh, dC_last, dn_last, _ = cotangents
+  floor_BHT, extra_BHT = _floor(s, opt)
+  size_BHT = jnp.abs(u_BHT)
+  if opt.normalize:
+    size_BHT = jnp.where(size_BHT > floor_BHT, size_BHT, floor_BHT) + extra_BHT
+    bias_BHT = -_dot(dh, h) * jnp.where(
+      jnp.abs(u_BHT) > floor_BHT, jnp.sign(u_BHT), 0
+    )
+  else:
+    size_BHT = floor_BHT
+    bias_BHT = jnp.zeros_like(u_BHT)
+  reader_BHT = s.reader_BHT - jnp.log(size_BHT) * LOG2_E
+  past_BHT = s.past_BHT / size_BHT
+
+  D_BHNKV, dn_BHNK, dC, dn = _states(
+    q,
+    dh,
+    past_BHT,
+    past_BHT * bias_BHT,
+    s.keep_BHN,
+    dC_last,
+    dn_last,
+    opt=opt,
+    reverse=True,
+  )
+  key_dim, value_dim = q.shape[-1], v.shape[-1]
+  reads = {
+    "row_BHT": reader_BHT,
+    "column_BHT": s.writer_BHT,
+    "past_BHT": past_BHT,
+    "border_BT": s.first_BT,
+  }
+  writes = {
+    "row_BHT": s.writer_BHT,
+    "column_BHT": reader_BHT,
+    "past_BHT": s.write_BHT,
+    "border_BT": s.final_BT,
+  }
+  run = partial(_kernels().attend, chunk=opt.chunk, interpret=opt.interpret)
+  wide = tiles(value_dim, key_dim)
+  dv, _ = run(
+    "dv", k, q, dh, D_BHNKV, dn_BHNK, **writes, tiles=tiles(key_dim, value_dim)
+  )
+  dq, q_dq_BHT = run(
+    "dq",
+    dh,
+    v,
+    k,
+    C_BHNKV,
+    n_BHNK,
+    **reads,
+    bias_BHT=bias_BHT,
+    partner_BTHO=q,
+    tiles=wide,
+  )
+  dk, di_BHT = run(
+    "dk",
+    v,
+    dh,
+    q,
+    D_BHNKV,
+    dn_BHNK,
+    **writes,
+    bias_BHT=bias_BHT,
+    partner_BTHO=k,
+    tiles=wide,
+  )
+
+  # A forget gate scales what crosses it from writers before to readers
+  # after: what crosses the chunk's end, and what the chunk's own tokens
+  # after the gate read, less what they write.
+  flow_BHN = _crossing(C_BHNKV, C_last, D_BHNKV, 2) + _crossing(
+    n_BHNK, n_last, dn_BHNK, 1
+  )
+  net = (q_dq_BHT - di_BHT).reshape(*flow_BHN.shape, opt.chunk)
+  df = flow_BHN[..., None] + jax.lax.cumsum(net, axis=3, reverse=True)
+  df_BHT = df.reshape(di_BHT.shape)
+  gates = (x.swapaxes(1, 2) for x in (di_BHT, df_BHT))
+  return dq, dk, dv, *gates, dC, dn, None, None, None, None
+
+
+_mlstm.defvjp(_forward, _backward)
+
+
+def _floor(s: Scales, opt: _Options):
+  """What the normaliser is at least, and what is added to it."""
+  floor_BHT = jnp.maximum(jnp.exp(-s.gauge_BHT), jnp.finfo(jnp.float32).tiny)
+  return floor_BHT, opt.eps * jnp.exp(s.m_BHT - s.gauge_BHT)
+
+
+def _dot(x_BTHD, y_BTHD):
+  """Row by row, as [B, H, T]."""
+  x, y = x_BTHD.astype(jnp.float32), y_BTHD.astype(jnp.float32)
+  return jnp.sum(x * y, axis=-1).swapaxes(1, 2)
+
+
+def _crossing(before_BHN, last_BH, cotangent_BHN, dims):
+  """State after every chunk times its cotangent."""
+  axes = tuple(range(-dims, 0))
+  after_BHN = before_BHN[:, :, 1:]
+  inner = jnp.sum(
+    after_BHN.astype(jnp.float32) * cotangent_BHN[:, :, :-1], axis=axes
+  )
+  last = jnp.sum(last_BH * cotangent_BHN[:, :, -1], axis=axes)
+  return jnp.concatenate([inner, last[..., None]], axis=-1)
+
+
+def _states(k, v, write, write_n, keep, C, n, *, opt, reverse=False):
+  """`scan_states`, in spans where rows and heads alone leave the GPU idle.
+
+  Spans start from what all spans before them leave, which takes a first pass
+  that keeps only their ends.
+  """
+  scan = partial(
+    _kernels().scan_states,
+    k,
+    v,
+    write,
+    write_n,
+    keep,
+    chunk=opt.chunk,
+    reverse=reverse,
+    interpret=opt.interpret,
+  )
+  batch, heads, chunks = keep.shape
+  blocks = batch * heads * (k.shape[-1] // 64) * (v.shape[-1] // 64) // 8
+  spans = _spans(chunks, blocks)
+  if spans > 1:
+    zeros = jnp.zeros_like(C)[:, :, None].repeat(spans, axis=2)
+    zeros_n = jnp.zeros_like(n)[:, :, None].repeat(spans, axis=2)
+    _, _, ends, ends_n = scan(zeros, zeros_n, save=False)
+    kept = keep[..., ::-1] if reverse else keep
+    kept = jnp.prod(kept.reshape(batch, heads, spans, -1), axis=-1)
+    C, n = (_firsts(kept, x, x_ends) for x, x_ends in ((C, ends), (n, ends_n)))
+  else:
+    C, n = C[:, :, None], n[:, :, None]
+  states, vectors, ends, ends_n = scan(C, n)
+  return states, vectors, ends[:, :, -1], ends_n[:, :, -1]
+
+
+def _firsts(kept_BHS, first, ends_BHS):
+  """The states that enter the spans, given what each leaves of nothing."""
+  spans = kept_BHS.shape[-1]
+  s, r, u = np.ogrid[:spans, :spans, :spans]
+  factor_BHSR = jnp.prod(
+    jnp.where((r <= u) & (u < s), kept_BHS[..., None, None, :], 1), axis=-1
+  )
+  factor_BHSR = jnp.where(r[..., 0] <= s[..., 0], factor_BHSR, 0)
+  sources = jnp.concatenate([first[:, :, None], ends_BHS[:, :, :-1]], axis=2)
+  return jnp.einsum(
+    "bhsr,bhr...->bhs...", factor_BHSR, sources, precision="highest"
+  )
+
+
+def _spans(chunks: int, blocks: int) -> int:
+  """Into how many spans the chunks are cut, given the blocks of one span."""
+  spans = 1
+  while chunks % (2 * spans) == 0 and spans * blocks < MULTIPROCESSORS:
+    spans *= 2
+  return spans
+
+
+def tiles(dim: int, out_dim: int):
+  """The largest tiles of `attend` that fit, for scores over `dim` columns."""
+  for limit in (256, 128, 64):
+    keys, values = _divisor(dim, limit), _divisor(out_dim, limit)
+    outputs = max(
+      width for width in range(values, 257, values) if out_dim % width == 0
+    )
+    fixed = 128 * (2 * dim + 2 * keys) + RESERVED
+    value_buffers = min((SHARED_MEMORY - fixed) // (128 * values), 4)
+    left = SHARED_MEMORY - fixed - 128 * values * value_buffers
+    if value_buffers >= 2:
+      return _kernels().Tiles(
+        keys, values, outputs, 2, value_buffers, min(left // 16384, 2)
+      )
+  raise ValueError(f"no tiles for {dim} and {out_dim} columns")
+
+
+def _divisor(dim: int, limit: int) -> int:
+  """The largest divisor of `dim` up to `limit` that is a multiple of 64."""
+  return next(w for w in range(limit, 0, -64) if dim % w == 0)

@@ -1,0 +1,689 @@
+"""The two Hopper kernels of the mLSTM, in Pallas Mosaic GPU.
+
+`scan_states` runs over chunks and keeps a tile of the matrix memory in
+registers; `attend` is masked attention inside chunks plus a read of the state
+between them. The backward pass is the same two kernels with the operands
+exchanged: `scan_states` backward in time gives the gradients of the states,
+and every gradient of q, k, v is an `attend`.
+
+Each block is two computing warpgroups of 64 rows and one that loads tiles
+through TMA into rings of buffers, ahead of the computation. The kernels move
+tiles of 64 tokens: a chunk is a multiple of 128.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+F32, BF16 = jnp.float32, jnp.bfloat16
+ROWS = 64  # of a warpgroup's matrix product
+TOKENS = 64  # of a tile
+MATRIX = plgpu.Layout.WGMMA
+ROW, COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
+_COMPILER = plgpu.CompilerParams(approx_math=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """Block sizes of `attend`; smaller ones need less shared memory.
+
+  Attributes:
+    keys: columns of a buffer for the operand that scores are made with.
+    values: columns of a buffer for the operand that is summed, and of a state.
+    outputs: columns of the result that one block computes.
+    key_buffers: how many of the first.
+    value_buffers: how many of the second.
+    stages: buffers through which results leave; 0 writes from registers.
+  """
+
+  keys: int
+  values: int
+  outputs: int
+  key_buffers: int
+  value_buffers: int
+  stages: int
+
+
+def scan_states(
+  k_BTHK: jax.Array,
+  v_BTHV: jax.Array,
+  write_BHT: jax.Array,
+  write_n_BHT: jax.Array,
+  keep_BHN: jax.Array,
+  C_BHSKV: jax.Array,
+  n_BHSK: jax.Array,
+  *,
+  chunk: int,
+  reverse: bool = False,
+  save: bool = True,
+  buffers: int = 3,
+  interpret: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """C -> keep C + sum of write k v^T, n -> keep n + sum of write_n k.
+
+  S independent spans of chunks run side by side, each from its own first
+  state; `reverse` runs from the last chunk to the first.
+
+  Returns:
+    With `save` the states that enter every chunk, C_BHNKV in bfloat16 and
+    n_BHNK (else placeholders), and the states after every span.
+  """
+  batch, time, heads, key_dim = k_BTHK.shape
+  value_dim = v_BTHV.shape[-1]
+  spans = C_BHSKV.shape[2]
+  chunks = time // chunk
+  span = chunks // spans
+  tiles = chunk // TOKENS
+  workers = 2 if key_dim % (2 * ROWS) == 0 else 1
+  width = _part(value_dim)
+
+  def body(
+    k_ref, v_ref, w_ref, wn_ref, keep_ref, C0_ref, n0_ref,
+    C_ref, n_ref, C_last_ref, n_last_ref,
+    k_smem, v_smem, w_smem, wn_smem, C_smem, full, free,
+  ):  # fmt: skip
+    worker = lax.axis_index("worker")
+    b, h, s = (lax.axis_index(name) for name in ("batch", "head", "span"))
+    k0 = lax.axis_index("key") * (ROWS * workers)
+    values = pl.ds(lax.axis_index("value") * width, width)
+    first = lax.axis_index("value") == 0
+
+    def place(chunk_index):
+      position = s * span + chunk_index
+      return chunks - 1 - position if reverse else position
+
+    @pl.when(worker == workers)
+    def _load():
+      plgpu.set_max_registers(40, action="decrease")
+
+      def load(step, _):
+        slot = lax.rem(step, buffers)
+
+        @pl.when(step >= buffers)
+        def _wait():
+          plgpu.barrier_wait(free.at[slot])
+
+        t0 = place(step // tiles) * chunk + lax.rem(step, tiles) * TOKENS
+        tokens = pl.ds(t0, TOKENS)
+        for source, target in (
+          (k_ref.at[b, tokens, h, pl.ds(k0, ROWS * workers)], k_smem),
+          (v_ref.at[b, tokens, h, values], v_smem),
+          (w_ref.at[b, h, tokens], w_smem),
+          (wn_ref.at[b, h, tokens], wn_smem),
+        ):
+          plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
+
+      lax.fori_loop(0, span * tiles, load, None)
+
+    @pl.when(worker < workers)
+    def _compute():
+      plgpu.set_max_registers(232, action="increase")
+      keys = pl.ds(k0 + worker * ROWS, ROWS)
+      C_kv = plgpu.load(
+        C0_ref.at[b, h, s, keys, values], layout=MATRIX, optimized=False
+      )
+      n_k = plgpu.load(n0_ref.at[b, h, s, keys], layout=ROW, optimized=False)
+
+      def one_chunk(c, carry):
+        C_kv, n_k = carry
+        if save:
+          _store(
+            C_smem.at[worker], C_kv, C_ref.at[b, h, place(c), keys, values]
+          )
+
+          @pl.when(first)
+          def _save():
+            n_ref.at[b, h, place(c), keys][...] = n_k
+
+        keep = keep_ref[b, h, place(c)]
+
+        counts = [c * tiles + tile for tile in range(tiles)]
+
+        def add(multiply, n_k):
+          for tile, count in enumerate(counts):
+            slot = lax.rem(count, buffers)
+            plgpu.barrier_wait(full.at[slot])
+            k_kl = plgpu.load(
+              k_smem.at[slot, :, pl.ds(worker * ROWS, ROWS)].transpose((1, 0)),
+              layout=MATRIX,
+            ).astype(F32)
+            w_l = plgpu.load(w_smem.at[slot], layout=COLUMN)
+            wn_l = plgpu.load(wn_smem.at[slot], layout=COLUMN)
+            n_k = n_k + (k_kl * _over_rows(wn_l, ROWS)).sum(axis=1)
+            wk_kl = (k_kl * _over_rows(w_l, ROWS)).astype(BF16)
+            if tile:  # its product ran while this operand was prepared
+              plgpu.wgmma_wait(0)
+              plgpu.barrier_arrive(free.at[lax.rem(counts[tile - 1], buffers)])
+            multiply(wk_kl, v_smem.at[slot])
+          return n_k
+
+        C_kv, n_k = _accumulate_onto(C_kv * keep, n_k * keep, add, interpret)
+        plgpu.barrier_arrive(free.at[lax.rem(counts[-1], buffers)])
+        return C_kv, n_k
+
+      C_kv, n_k = lax.fori_loop(0, span, one_chunk, (C_kv, n_k))
+      C_last_ref.at[b, h, s, keys, values][...] = C_kv
+
+      @pl.when(first)
+      def _last():
+        n_last_ref.at[b, h, s, keys][...] = n_k
+
+      plgpu.wait_smem_to_gmem(0)
+
+  saved = chunks if save else 1
+  return plgpu.kernel(
+    body,
+    out_type=(
+      jax.ShapeDtypeStruct((batch, heads, saved, key_dim, value_dim), BF16),
+      jax.ShapeDtypeStruct((batch, heads, saved, key_dim), F32),
+      jax.ShapeDtypeStruct(C_BHSKV.shape, F32),
+      jax.ShapeDtypeStruct(n_BHSK.shape, F32),
+    ),
+    grid=(value_dim // width, key_dim // (ROWS * workers), heads, batch, spans),
+    grid_names=("value", "key", "head", "batch", "span"),
+    num_threads=workers + 1,
+    thread_name="worker",
+    scratch_types=(
+      _smem(buffers, TOKENS, ROWS * workers),
+      _smem(buffers, TOKENS, width),
+      plgpu.SMEM((buffers, TOKENS), F32),
+      plgpu.SMEM((buffers, TOKENS), F32),
+      _smem(workers, ROWS, width if save else 64),
+      plgpu.Barrier(num_arrivals=4, num_barriers=buffers),
+      plgpu.Barrier(num_arrivals=workers, num_barriers=buffers),
+    ),
+    compiler_params=_COMPILER,
+    interpret=interpret,
+  )(k_BTHK, v_BTHV, write_BHT, write_n_BHT, keep_BHN, C_BHSKV, n_BHSK)
+
+
+def attend(
+  mode: Literal["h", "dq", "dk", "dv"],
+  a_BTHA: jax.Array,
+  b_BTHA: jax.Array,
+  c_BTHO: jax.Array,
+  state_BHN: jax.Array,
+  vector_BHNK: jax.Array,
+  *,
+  row_BHT: jax.Array,
+  column_BHT: jax.Array,
+  past_BHT: jax.Array,
+  border_BT: jax.Array,
+  bias_BHT: jax.Array | None = None,
+  floor_BHT: jax.Array | None = None,
+  extra_BHT: jax.Array | None = None,
+  partner_BTHO: jax.Array | None = None,
+  chunk: int,
+  tiles: Tiles,
+  normalize: bool = True,
+  blocks: int = 132,
+  interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+  """y_x = sum over z of (a_x b_z + bias) 2^(row_x + column_z) c_z + past.
+
+  z runs over the tokens of the chunk that x sees: in "h" and "dq" those
+  before it, in "dk" and "dv" those after it, up to `border`, and itself. The
+  past is past_x a_x state; in "dq" and "dk", where the state is transposed
+  and the bias (of the reader, so x in "dq" and z in "dk") belongs to the
+  normaliser, also past_x bias_x vector and past_x vector.
+
+  In "h" the result is divided by max(|u|, floor) + extra with u the sum of
+  the weights, and u is the second output. In "dq" and "dk" that is y_x
+  partner_x, from y before it is rounded, in parts to be summed.
+  """
+  batch, time, heads, dim = a_BTHA.shape
+  out_dim = c_BTHO.shape[-1]
+  reverse = mode in ("dk", "dv")
+  transposed = mode in ("dq", "dk")
+  chunks, row_tiles, col_tiles = time // chunk, chunk // 128, chunk // TOKENS
+  key_parts = dim // tiles.keys
+  parts = tiles.outputs // tiles.values
+  out_tiles = out_dim // tiles.outputs
+  items = batch * heads * chunks * row_tiles * out_tiles
+  blocks = min(blocks, items)
+  lap = max(blocks // (row_tiles * out_tiles), 1)
+  has_bias = mode in ("dq", "dk")
+  vector_dim = {"h": dim, "dv": 0}.get(mode, tiles.outputs)
+
+  def decode(index):
+    o, index = lax.rem(index, out_tiles), index // out_tiles
+    r, index = lax.rem(index, row_tiles), index // row_tiles
+    # Row tiles differ in work: a block must not meet the same one every time.
+    r = lax.rem(r + index // lap, row_tiles)
+    n, index = lax.rem(index, chunks), index // chunks
+    return index // heads, lax.rem(index, heads), n, r, o
+
+  def columns(r):
+    return (2 * r, col_tiles) if reverse else (0, 2 * r + 2)
+
+  def body(
+    a_ref, b_ref, c_ref, state_ref, vector_ref,
+    row_ref, column_ref, past_ref, border_ref, bias_ref, floor_ref, extra_ref,
+    partner_ref, y_ref, u_ref,
+    a_smem, b_smem, c_smem, y_smem, vector_smem,
+    row_smem, column_smem, past_smem, border_smem, bias_smem, floor_smem,
+    extra_smem, a_full, a_free, b_full, b_free, c_full, c_free,
+  ):  # fmt: skip
+    c_smem, state_smem = c_smem if transposed else (c_smem, c_smem)
+    worker = lax.axis_index("worker")
+    block = lax.axis_index("block")
+    mine = (items - block + blocks - 1) // blocks
+
+    def output_columns(o, part):
+      return pl.ds(o * tiles.outputs + part * tiles.values, tiles.values)
+
+    @pl.when(worker == 2)
+    def _load():
+      plgpu.set_max_registers(40, action="decrease")
+
+      def put(source, ring, count, full, free, size):
+        slot = lax.rem(count, size)
+
+        @pl.when(count >= size)
+        def _wait():
+          plgpu.barrier_wait(free.at[slot])
+
+        plgpu.copy_gmem_to_smem(source, ring.at[slot], full.at[slot])
+        return count + 1
+
+      def put_key(source, count):
+        return put(source, b_smem, count, b_full, b_free, tiles.key_buffers)
+
+      def put_value(source, count, ring):
+        return put(source, ring, count, c_full, c_free, tiles.value_buffers)
+
+      def item(k, counts):
+        nb, nc = counts
+        b, h, n, r, o = decode(block + k * blocks)
+        t0 = n * chunk
+
+        @pl.when(k > 0)
+        def _wait():
+          plgpu.barrier_wait(a_free)
+
+        rows, every = pl.ds(t0 + r * 128, 128), pl.ds(t0, chunk)
+        halves = [pl.ds(t0 + r * 128 + w * ROWS, ROWS) for w in range(2)]
+        for half in range(2):
+          plgpu.copy_gmem_to_smem(
+            a_ref.at[b, halves[half], h], a_smem.at[half], a_full
+          )
+        plgpu.copy_gmem_to_smem(border_ref.at[b, rows], border_smem, a_full)
+        vectors = [
+          (row_ref, row_smem, rows),
+          (past_ref, past_smem, rows),
+          (column_ref, column_smem, every),
+        ]
+        if has_bias:
+          vectors.append((bias_ref, bias_smem, rows if mode == "dq" else every))
+        if mode == "h":
+          vectors += [
+            (floor_ref, floor_smem, rows),
+            (extra_ref, extra_smem, rows),
+          ]
+        for source, target, tokens in vectors:
+          plgpu.copy_gmem_to_smem(source.at[b, h, tokens], target, a_full)
+        if vector_dim:
+          place = pl.ds(0 if mode == "h" else o * tiles.outputs, vector_dim)
+          plgpu.copy_gmem_to_smem(
+            vector_ref.at[b, h, n, place], vector_smem, a_full
+          )
+        for j in range(dim // 64):
+          for part in range(parts):
+            place = (pl.ds(j * 64, 64), output_columns(o, part))
+            place = place[::-1] if transposed else place
+            nc = put_value(state_ref.at[b, h, n, *place], nc, state_smem)
+
+        def tile(j, counts):
+          nb, nc = counts
+          tokens = pl.ds(t0 + j * TOKENS, TOKENS)
+          for part in range(key_parts):
+            place = pl.ds(part * tiles.keys, tiles.keys)
+            nb = put_key(b_ref.at[b, tokens, h, place], nb)
+          for part in range(parts):
+            place = output_columns(o, part)
+            nc = put_value(c_ref.at[b, tokens, h, place], nc, c_smem)
+          return nb, nc
+
+        nb, nc = lax.fori_loop(*columns(r), tile, (nb, nc))
+        if has_bias:
+          for half in range(2):
+            for part in range(parts):
+              place = output_columns(o, part)
+              nc = put_value(
+                partner_ref.at[b, halves[half], h, place], nc, c_smem
+              )
+        return nb, nc
+
+      lax.fori_loop(0, mine, item, (jnp.int32(0), jnp.int32(0)))
+
+    @pl.when(worker < 2)
+    def _compute():
+      plgpu.set_max_registers(232, action="increase")
+      a_xa = a_smem.at[worker]
+
+      def take(count, full, size):
+        slot = lax.rem(count, size)
+        plgpu.barrier_wait(full.at[slot])
+        return slot
+
+      def take_value(count):
+        return take(count, c_full, tiles.value_buffers)
+
+      def release(count, free, size):
+        plgpu.barrier_arrive(free.at[lax.rem(count, size)])
+        return count + 1
+
+      def scores(nb):
+        """a b^T, and the count of key buffers after it."""
+
+        def add(multiply):
+          for part in range(key_parts):
+            slot = take(nb + part, b_full, tiles.key_buffers)
+            place = pl.ds(part * tiles.keys, tiles.keys)
+            multiply(a_xa.at[:, place], b_smem.at[slot].transpose((1, 0)))
+            if part:
+              plgpu.wgmma_wait(1)
+              release(nb + part - 1, b_free, tiles.key_buffers)
+
+        s_xz = _accumulate(add, (ROWS, TOKENS), interpret)
+        return s_xz, release(nb + key_parts - 1, b_free, tiles.key_buffers)
+
+      def partner_product(y, nc):
+        """Every row of y times that of its partner."""
+        dot_x = plgpu.layout_cast(jnp.zeros((ROWS,), F32), ROW)
+        for half in range(2):
+          for part in range(parts):
+            slot = take_value(nc)
+            weight = (worker == half).astype(F32)
+            for j in range(tiles.values // 64):
+              place = slice(j * 64, (j + 1) * 64)
+              other = plgpu.load(c_smem.at[slot, :, place], layout=MATRIX)
+              product = (y[part][:, place] * other.astype(F32)).sum(axis=1)
+              dot_x = dot_x + weight * product
+            nc = release(nc, c_free, tiles.value_buffers)
+        return dot_x, nc
+
+      def item(k, counts):
+        nb, nc = counts
+        b, h, n, r, o = decode(block + k * blocks)
+        t0 = n * chunk
+        rows = pl.ds(t0 + r * 128 + worker * ROWS, ROWS)
+
+        half = pl.ds(worker * ROWS, ROWS)
+
+        def of_rows(ref):
+          return plgpu.load(ref.at[half], layout=ROW)
+
+        def of_columns(ref, start, width=TOKENS):
+          return plgpu.load(ref.at[pl.ds(start, width)], layout=COLUMN)
+
+        plgpu.barrier_wait(a_full)
+        row_x, past_x = of_rows(row_smem), of_rows(past_smem)
+        border_x = of_rows(border_smem)
+        bias_x = of_rows(bias_smem) if mode == "dq" else None
+
+        u_x = jnp.float32(0)
+        if mode == "h":
+          u_x = plgpu.layout_cast(jnp.zeros((ROWS,), F32), ROW)
+          for j in range(dim // 64):
+            place = pl.ds(j * 64, 64)
+            part_xk = plgpu.load(a_xa.at[:, place], layout=MATRIX).astype(F32)
+            n_k = of_columns(vector_smem, j * 64)
+            u_x = u_x + (part_xk * _over_rows(n_k, ROWS)).sum(axis=1)
+          u_x = u_x * past_x
+
+        y = [
+          plgpu.layout_cast(jnp.zeros((ROWS, tiles.values), F32), MATRIX)
+        ] * parts
+        for j in range(dim // 64):
+          for part in range(parts):
+            slot = take_value(nc)
+            state = state_smem.at[slot]
+            state = state.transpose((1, 0)) if transposed else state
+            a_xj = a_xa.at[:, pl.ds(j * 64, 64)]
+            y[part] = _mma(y[part], a_xj, state, interpret)
+            nc = release(nc, c_free, tiles.value_buffers)
+        for part in range(parts):
+          if transposed:
+            n_k = of_columns(vector_smem, part * tiles.values, tiles.values)
+            bias = _over_rows(n_k, ROWS)
+            if mode == "dq":
+              bias = bias * _over_columns(bias_x, tiles.values)
+            y[part] = y[part] + bias
+          y[part] = y[part] * _over_columns(past_x, tiles.values)
+
+        def visit(j, carry, *, diagonal):
+          nb, nc, u_x, *y = carry
+          log_w = _over_columns(row_x, TOKENS) + _over_rows(
+            of_columns(column_smem, j * TOKENS), ROWS
+          )
+          z = _iota(1, interpret)
+          border = _over_columns(border_x, TOKENS) - j * TOKENS
+          visible = z <= border if reverse else z >= border
+          if diagonal:
+            x = _iota(0, interpret)
+            visible = visible & ((z >= x) if reverse else (z <= x))
+          log_w = jnp.where(visible, log_w, -jnp.inf)
+
+          s_xz, nb = scores(nb)
+          if mode == "dq":
+            s_xz = s_xz + _over_columns(bias_x, TOKENS)
+          elif mode == "dk":
+            s_xz = s_xz + _over_rows(of_columns(bias_smem, j * TOKENS), ROWS)
+          w_xz = s_xz * jnp.exp2(log_w)
+          if mode == "h":
+            u_x = u_x + w_xz.sum(axis=1)
+          w_xz = w_xz.astype(BF16)
+          for part in range(parts):
+            slot = take_value(nc)
+            y[part] = _mma(y[part], w_xz, c_smem.at[slot], interpret)
+            nc = release(nc, c_free, tiles.value_buffers)
+          return nb, nc, u_x, *y
+
+        def skip(_, counts):
+          nb, nc = counts
+          for _ in range(key_parts):
+            take(nb, b_full, tiles.key_buffers)
+            nb = release(nb, b_free, tiles.key_buffers)
+          for _ in range(parts):
+            take_value(nc)
+            nc = release(nc, c_free, tiles.value_buffers)
+          return nb, nc
+
+        inner = functools.partial(visit, diagonal=False)
+        start, stop = columns(r)
+        own = 2 * r + worker
+        if reverse:
+          nb, nc = lax.fori_loop(start, own, skip, (nb, nc))
+          carry = visit(own, (nb, nc, u_x, *y), diagonal=True)
+          carry = lax.fori_loop(own + 1, stop, inner, carry)
+          nb, nc, u_x, *y = carry
+        else:
+          carry = lax.fori_loop(start, own, inner, (nb, nc, u_x, *y))
+          nb, nc, u_x, *y = visit(own, carry, diagonal=True)
+          nb, nc = lax.fori_loop(own + 1, stop, skip, (nb, nc))
+        if mode == "h":
+          size_x = of_rows(floor_smem)
+          if normalize:
+            size_x = jnp.where(jnp.abs(u_x) > size_x, jnp.abs(u_x), size_x)
+            size_x = size_x + of_rows(extra_smem)
+          y = [x * _over_columns(1 / size_x, tiles.values) for x in y]
+
+          @pl.when(o == 0)
+          def _save():
+            u_ref.at[b, h, rows][...] = u_x
+
+        plgpu.barrier_arrive(a_free)
+
+        if has_bias:
+          u_ref.at[o, b, h, rows][...], nc = partner_product(y, nc)
+
+        for part in range(parts):
+          result = y[part].astype(BF16)
+          if not tiles.stages:
+            y_ref.at[b, rows, h, output_columns(o, part)][...] = result
+            continue
+          for j in range(tiles.values // 64):
+            place = pl.ds(o * tiles.outputs + part * tiles.values + j * 64, 64)
+            index = part * (tiles.values // 64) + j
+            _store(
+              y_smem.at[worker, index % tiles.stages],
+              result[:, j * 64 : (j + 1) * 64],
+              y_ref.at[b, rows, h, place],
+              others=tiles.stages - 1,
+            )
+        return nb, nc
+
+      lax.fori_loop(0, mine, item, (jnp.int32(0), jnp.int32(0)))
+      plgpu.wait_smem_to_gmem(0)
+
+  unused = jnp.zeros((1, 1, TOKENS), F32)
+  value_ring = _smem(tiles.value_buffers, TOKENS, tiles.values)
+  if transposed:
+    value_ring = plgpu.RefUnion(
+      value_ring, _smem(tiles.value_buffers, tiles.values, 64)
+    )
+  u_shape = {"h": row_BHT.shape, "dv": unused.shape}.get(
+    mode, (out_tiles, *row_BHT.shape)
+  )
+  bias_width = {"dq": 128, "dk": chunk}.get(mode, 16)
+  edge_width = 128 if mode == "h" else 16
+  a_arrivals = 6 + has_bias + 2 * (mode == "h") + (vector_dim > 0)
+  y, u = plgpu.kernel(
+    body,
+    out_type=(
+      jax.ShapeDtypeStruct((batch, time, heads, out_dim), BF16),
+      jax.ShapeDtypeStruct(u_shape, F32),
+    ),
+    grid=(blocks,),
+    grid_names=("block",),
+    num_threads=3,
+    thread_name="worker",
+    scratch_types=(
+      _smem(2, ROWS, dim),
+      _smem(tiles.key_buffers, TOKENS, tiles.keys),
+      value_ring,
+      _smem(2, tiles.stages, ROWS, 64)
+      if tiles.stages
+      else plgpu.SMEM((16,), F32),
+      plgpu.SMEM((vector_dim or 16,), F32),
+      plgpu.SMEM((128,), F32),
+      plgpu.SMEM((chunk,), F32),
+      plgpu.SMEM((128,), F32),
+      plgpu.SMEM((128,), jnp.int32),
+      plgpu.SMEM((bias_width,), F32),
+      plgpu.SMEM((edge_width,), F32),
+      plgpu.SMEM((edge_width,), F32),
+      plgpu.Barrier(num_arrivals=a_arrivals),
+      plgpu.Barrier(num_arrivals=2),
+      plgpu.Barrier(num_barriers=tiles.key_buffers),
+      plgpu.Barrier(num_arrivals=2, num_barriers=tiles.key_buffers),
+      plgpu.Barrier(num_barriers=tiles.value_buffers),
+      plgpu.Barrier(num_arrivals=2, num_barriers=tiles.value_buffers),
+    ),
+    compiler_params=_COMPILER,
+    interpret=interpret,
+  )(
+    a_BTHA,
+    b_BTHA,
+    c_BTHO,
+    state_BHN,
+    vector_BHNK,
+    row_BHT,
+    column_BHT,
+    past_BHT,
+    border_BT,
+    *(
+      unused if x is None else x
+      for x in (bias_BHT, floor_BHT, extra_BHT, partner_BTHO)
+    ),
+  )
+  return y, (jnp.sum(u, axis=0) if has_bias else u)
+
+
+def _part(dim: int) -> int:
+  """The widest tile of at most 256 columns that divides `dim`."""
+  return next(w for w in range(256, 0, -64) if dim % w == 0)
+
+
+def _smem(*shape: int):
+  """Buffers of bfloat16 as wgmma and TMA want them: 128-byte swizzled."""
+  transforms = (
+    plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
+    plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+  )
+  return plgpu.SMEM(shape, BF16, transforms=transforms)
+
+
+def _over_rows(x, rows):
+  return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
+
+
+def _over_columns(x, columns):
+  return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
+
+
+def _iota(axis, interpret):
+  shape = (ROWS, TOKENS)
+  if interpret:
+    return lax.broadcasted_iota(jnp.int32, shape, axis)
+  return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
+
+
+def _mma(y, a, b_ref, interpret):
+  """y + a b, with a in registers or in shared memory.
+
+  Interpret mode knows no product into a given accumulator.
+  """
+  if interpret:
+    return y + _multiply(a, b_ref)
+  return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b_ref))(
+    plgpu.WGMMAAccumulatorRef.init(y)
+  )
+
+
+def _accumulate(add, shape, interpret):
+  """The sum of all products that `add` makes with the function it is given."""
+  if interpret:
+    products = []
+    add(lambda a_ref, b_ref: products.append(_multiply(a_ref, b_ref)))
+    return sum(products)
+
+  def run(y_ref):
+    add(functools.partial(plgpu.wgmma, y_ref))
+    return y_ref[...]
+
+  return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, F32))
+
+
+def _accumulate_onto(y, x, add, interpret):
+  """y plus all products that `add` makes, and what `add` makes of x."""
+  if interpret:
+    products = [y]
+    x = add(lambda a, b_ref: products.append(_multiply(a, b_ref)), x)
+    return sum(products), x
+
+  def run(refs):
+    y_ref, x_ref = refs
+    x_ref[...] = add(functools.partial(plgpu.wgmma, y_ref), x_ref[...])
+
+  return pl.run_state(run)((plgpu.WGMMAAccumulatorRef.init(y), x))
+
+
+def _multiply(a, b_ref):
+  a = a if isinstance(a, jax.Array) else a[...]
+  return jnp.dot(a, b_ref[...], preferred_element_type=F32)
+
+
+def _store(buffer_ref, x, target_ref, *, others=0):
+  """Starts writing x, once all but `others` writes have left their buffers."""
+  plgpu.wait_smem_to_gmem(others, wait_read_only=True)
+  buffer_ref[...] = x.astype(BF16)
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(buffer_ref, target_ref)

@@ -1,0 +1,176 @@
+"""Whether a kernel computes on this device what the native form does.
+
+Kernels have been wrong on one generation of devices and right on the next, and
+in their gradients alone. So a run looks before its first step.
+"""
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from xlstm_jax.cells.mlstm.backends import mlstm
+from xlstm_jax.errors import UserError
+
+NATIVE = "chunkwise"
+# The tests hold kernels to twice the native error. Here no sound kernel may be
+# refused for the luck of one draw, and a wrong one is off by far more.
+FACTOR = 16.0
+DOCUMENTS = 3
+
+
+class Shape(NamedTuple):
+  """Rows, tokens, heads, and channels of keys and values."""
+
+  B: int
+  T: int
+  H: int
+  K: int
+  V: int
+
+
+class Finding(NamedTuple):
+  """The error of a tensor, root mean square of the worst row and head.
+
+  Attributes:
+    kernel: of the kernel.
+    native: of the native form in the same types.
+    allowed: what the kernel's may be.
+  """
+
+  kernel: float
+  native: float
+  allowed: float
+
+
+def check(
+  backend: str,
+  shape: Shape,
+  *,
+  dtype: str,
+  chunk: int | None = None,
+  input_gate: Literal["exp", "sigmoid"] = "exp",
+  normalize: bool = True,
+  eps: float = 1e-6,
+) -> None:
+  """Compares a backend's values and gradients with those of the native form.
+
+  Args:
+    backend: the name of one.
+    shape: of the arrays on this device.
+    dtype: of q, k and v.
+    chunk, input_gate, normalize, eps: as `mlstm` takes them.
+
+  Raises:
+    UserError: they disagree, or the backend refuses the device or the shape.
+  """
+  found = findings(
+    backend,
+    shape,
+    dtype=dtype,
+    chunk=chunk,
+    input_gate=input_gate,
+    normalize=normalize,
+    eps=eps,
+  )
+  # A NaN is not below anything.
+  wrong = [name for name, f in found.items() if not f.kernel <= f.allowed]
+  if wrong:
+    figures = ", ".join(
+      f"{name} is off by {found[name].kernel:.2g} where the native form is by "
+      f"{found[name].native:.2g}"
+      for name in wrong
+    )
+    raise UserError(
+      f"The mLSTM backend {backend!r} computes wrongly on "
+      f"{jax.devices()[0].device_kind} at {shape}: {figures}. Train with "
+      f"--config.compute.mlstm_backend={NATIVE}, and report this."
+    )
+
+
+def findings(
+  backend: str,
+  shape: Shape,
+  *,
+  dtype: str,
+  chunk: int | None,
+  input_gate: Literal["exp", "sigmoid"],
+  normalize: bool,
+  eps: float,
+) -> dict[str, Finding]:
+  """The errors of h and of the gradients against the native form in float32."""
+  inputs = _example(shape, dtype)
+  of = functools.partial(
+    _values_and_gradients, input_gate=input_gate, normalize=normalize, eps=eps
+  )
+  truth = of(inputs, dtype="float32", backend=NATIVE, chunk=None)
+  native = of(inputs, dtype=dtype, backend=NATIVE, chunk=None)
+  kernel = of(inputs, dtype=dtype, backend=backend, chunk=chunk)
+  return {
+    name: _finding(kernel[name], native[name], truth[name]) for name in truth
+  }
+
+
+def _example(shape: Shape, dtype: str) -> dict[str, jax.Array]:
+  """Tokens of unit variance in several documents, with gates as in training."""
+  B, T, H, K, V = shape
+  key = functools.partial(jax.random.fold_in, jax.random.key(0))
+  sizes = {"q": (K,), "k": (K,), "v": (V,), "g": (V,), "i": (), "f": ()}
+  drawn = {
+    name: jax.random.normal(key(at), (B, T, H, *size))
+    for at, (name, size) in enumerate(sizes.items())
+  }
+  rounded = {n: drawn[n].astype(dtype) for n in ("q", "k", "v", "g")}
+  return drawn | rounded | {"f": drawn["f"] + 4.0}
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=(
+    "dtype",
+    "backend",
+    "chunk",
+    "input_gate",
+    "normalize",
+    "eps",
+  ),
+)
+def _values_and_gradients(inputs, *, dtype, **options) -> dict[str, jax.Array]:
+  B, T = inputs["i"].shape[:2]
+  segments_T = 1 + jnp.arange(T) * DOCUMENTS // T
+  tokens = {name: inputs[name].astype(dtype) for name in ("q", "k", "v")}
+  gates = {name: inputs[name] for name in ("i", "f")}
+
+  def loss(operands):
+    h_BTHV, _ = mlstm(
+      operands["q"],
+      operands["k"],
+      operands["v"],
+      i_BTH=operands["i"],
+      f_BTH=operands["f"],
+      segments_BT=jnp.broadcast_to(segments_T, (B, T)),
+      **options,
+    )
+    weights_BTHV = inputs["g"].astype(jnp.float32)
+    return jnp.sum(h_BTHV.astype(jnp.float32) * weights_BTHV), h_BTHV
+
+  grads, h_BTHV = jax.grad(loss, has_aux=True)(tokens | gates)
+  return {"h": h_BTHV} | {f"d{name}": grad for name, grad in grads.items()}
+
+
+@jax.jit
+def _errors(
+  x: Float[Array, "B T H *"], truth: Float[Array, "B T H *"]
+) -> Float[Array, ""]:
+  """Root mean square over time and channels, the worst of rows and heads."""
+  squares = jnp.square(x.astype(jnp.float32) - truth.astype(jnp.float32))
+  axes = (1, *range(3, squares.ndim))
+  return jnp.sqrt(squares.mean(axes).max())
+
+
+def _finding(kernel, native, truth) -> Finding:
+  error = float(_errors(native, truth))
+  ulp = float(jnp.finfo(jnp.float32).eps * jnp.abs(truth).max())
+  return Finding(float(_errors(kernel, truth)), error, FACTOR * error + 4 * ulp)

@@ -1,0 +1,150 @@
+"""Recurrences that feed their output back through a matrix per head.
+
+The sLSTM and the LSTM differ in their pointwise cell alone; the rest is here.
+With G gates, the output y and a matrix R of D by D numbers per gate and head,
+
+    raw_t = x_t + y_{t-1} R + b
+
+and the cell maps raw_t and the state, unit by unit, to the next state.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from xlstm_jax.cells.documents import documents
+from xlstm_jax.cells.precision import accumulator, product
+
+# The numbers of a state without its segment, y first: zeros are the past of
+# a document's first token.
+Units = tuple[Float[Array, "B H D"], ...]
+Cell = Callable[[Float[Array, "B G H D"], Units], Units]
+
+
+def run(
+  cell: Cell,
+  x_BTGHD: Float[Array, "B T G H D"],
+  R_GHDE: Float[Array, "G H D D"],
+  b_GHD: Float[Array, "G H D"],
+  segments_BT: Int[Array, "B T"] | None,
+  units: Units,
+  segment_B: Int[Array, "B"],
+) -> tuple[Float[Array, "B T H D"], Units, Int[Array, "B"]]:
+  """Runs a cell over T tokens from a state of `units` and `segment_B`.
+
+  Returns y of every token (0 at padding) and the last units and segment.
+  Matrix products have operands in the type of R, all else is in the
+  accumulator type.
+  """
+  wide = accumulator(jnp.promote_types(x_BTGHD.dtype, R_GHDE.dtype))
+  tokens = documents(segments_BT, segment_B, x_BTGHD.shape[1])
+  real_TBHD, start_TBHD = (
+    mask.T[..., None, None] for mask in (tokens.real_BT, tokens.start_BT)
+  )
+  states = _states(
+    cell,
+    jnp.moveaxis(x_BTGHD, 1, 0),
+    R_GHDE,
+    b_GHD.astype(wide),
+    real_TBHD,
+    start_TBHD,
+    tuple(unit.astype(wide) for unit in units),
+  )
+  y_TBHD = jnp.where(real_TBHD, states[0], 0)
+  y_BTHD = jnp.moveaxis(y_TBHD, 0, 1).astype(x_BTGHD.dtype)
+  return y_BTHD, tuple(unit[-1] for unit in states), tokens.last_B
+
+
+def _scan(step, first, tokens, *, reverse: bool = False):
+  """`jax.lax.scan` in whose loop accelerators find 8 steps, CPUs one.
+
+  On two busy CPU cores loops of 8 steps took 3.7 times as long to compile and
+  2.8 times as long to run backwards.
+  """
+
+  def scan(unroll: int, first, tokens):
+    return jax.lax.scan(step, first, tokens, reverse=reverse, unroll=unroll)
+
+  return jax.lax.platform_dependent(
+    first, tokens, cpu=partial(scan, 1), default=partial(scan, 8)
+  )
+
+
+def _fresh(start, units):
+  return tuple(jnp.where(start, 0, unit) for unit in units)
+
+
+def _next(cell: Cell, raw, real, units: Units) -> Units:
+  after = cell(raw, units)
+  return jax.tree.map(partial(jnp.where, real), after, units)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _states(
+  cell: Cell,
+  x_TBGHD: Float[Array, "T B G H D"],
+  R_GHDE: Float[Array, "G H D D"],
+  b_GHD: Float[Array, "G H D"],
+  real_TBHD: Bool[Array, "T B 1 1"],
+  start_TBHD: Bool[Array, "T B 1 1"],
+  units: Units,
+) -> tuple[Float[Array, "T B H D"], ...]:
+  """The units after every token."""
+
+  def step(units, token):
+    x, real, start = token
+    units = _fresh(start, units)
+    raw = x + product("BHD,GHDE->BGHE", units[0], R_GHDE, R_GHDE.dtype) + b_GHD
+    units = _next(cell, raw, real, units)
+    return units, units
+
+  tokens = (x_TBGHD, real_TBHD, start_TBHD)
+  return _scan(step, units, tokens)[1]
+
+
+def _states_forward(cell, x, R, b, real, start, units):
+  states = _states(cell, x, R, b, real, start, units)
+  return states, (x, R, b, real, start, units, states)
+
+
+def _states_backward(cell, kept, dstates):
+  """Only the way back through time is a scan.
+
+  It needs the gates of each step, which one product over all steps restores,
+  and yields their gradients, which one product turns into that of R. Autodiff
+  of the forward scan would add up the gradient of R step by step.
+  """
+  x, R, b, real, start, first, states = kept
+  before = jax.tree.map(
+    lambda unit, states: jnp.concatenate([unit[None], states[:-1]]),
+    first,
+    states,
+  )
+  before = _fresh(start, before)
+  raw = x + product("TBHD,GHDE->TBGHE", before[0], R, R.dtype) + b
+
+  def step(dunits, token):
+    dstate, raw, before, real, start = token
+    dunits = jax.tree.map(jnp.add, dunits, dstate)
+    _, pullback = jax.vjp(
+      lambda raw, units: _next(cell, raw, real, units), raw, before
+    )
+    draw, (dy, *dothers) = pullback(dunits)
+    dy += product("BGHE,GHDE->BHD", draw, R, R.dtype)
+    return _fresh(start, (dy, *dothers)), draw
+
+  dunits, draw = _scan(
+    step,
+    jax.tree.map(jnp.zeros_like, first),
+    (dstates, raw, before, real, start),
+    reverse=True,
+  )
+  dR = product("TBHD,TBGHE->GHDE", before[0], draw, R.dtype)
+  db = jnp.sum(draw, axis=(0, 1))
+  return draw.astype(x.dtype), dR.astype(R.dtype), db, None, None, dunits
+
+
+_states.defvjp(_states_forward, _states_backward)
