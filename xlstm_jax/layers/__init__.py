@@ -1,0 +1,1 @@
+"""Small Flax modules that the mixers and blocks are made of."""

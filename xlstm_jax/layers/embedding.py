@@ -1,0 +1,46 @@
+"""Token embedding and vocabulary projection."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from xlstm_jax.layers import initializers
+from xlstm_jax.layers.compute import Compute
+from xlstm_jax.sharding import constrain
+
+
+class Embedding(nnx.Module):
+  """A weight [Z, D] used as a lookup table or as the vocabulary projection."""
+
+  def __init__(
+    self, vocab_size: int, width: int, *, compute: Compute, rngs: nnx.Rngs
+  ):
+    self.dtype = compute.dtype
+    self.weight = nnx.Param(
+      initializers.small(width)(
+        rngs.params(), (vocab_size, width), compute.param_dtype
+      ),
+      axes=("vocabulary", "width"),
+    )
+
+  def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """The rows of `tokens`, in the compute dtype."""
+    tokens_BT = constrain(tokens_BT, "looked_up", "time")
+    x_BTD = self.weight[...].astype(self.dtype)[tokens_BT]
+    return constrain(x_BTD, "looked_up", "time", "columns")
+
+  def rows(self) -> Float[Array, "Z D"]:
+    """The weight in the compute dtype, for `attend`."""
+    return self.weight[...].astype(self.dtype)
+
+
+def attend(
+  weight_ZD: Float[Array, "Z D"], x_BTD: Float[Array, "B T D"]
+) -> Float[Array, "B T Z"]:
+  """Inner products with every row, accumulated and returned in fp32."""
+  return jnp.einsum(
+    "BTD,ZD->BTZ",
+    x_BTD.astype(weight_ZD.dtype),
+    weight_ZD,
+    preferred_element_type=jnp.promote_types(weight_ZD.dtype, jnp.float32),
+  )

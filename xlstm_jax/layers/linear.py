@@ -1,0 +1,71 @@
+"""Linear maps, each named by its einsum."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from xlstm_jax.layers import initializers
+from xlstm_jax.layers.compute import Compute, wide
+
+
+class Linear(nnx.Module):
+  """`einsum(equation, x, weight) + bias`.
+
+  Args:
+    equation: such as "BTD,DGU->BTGU"; the weight's letters name its dimensions.
+    shape: of the weight.
+    axes: logical axis names of the weight's dimensions.
+    init: of the weight.
+    bias: initialiser of the bias, which has the output's dimensions that the
+      weight brings; None for no bias.
+    precise: operands and result in fp32, as gates need (`layers.compute`).
+  """
+
+  def __init__(
+    self,
+    equation: str,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    *,
+    init: initializers.Initializer,
+    bias: initializers.Initializer | None = None,
+    precise: bool = False,
+    compute: Compute,
+    rngs: nnx.Rngs,
+  ):
+    operands, result = equation.split("->")
+    _, names = operands.split(",")
+    letters = dict(zip(names, zip(shape, axes, strict=True), strict=True))
+    out = [letters[letter] for letter in result if letter in letters]
+    self.equation = equation
+    self.precise = precise
+    self.dtype = compute.dtype
+
+    def param(init, shape, axes):
+      value = init(rngs.params(), shape, compute.param_dtype)
+      return nnx.Param(value, axes=axes)
+
+    self.weight = param(init, shape, axes)
+    self.bias = None if bias is None else param(bias, *zip(*out, strict=True))
+
+  def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The map of `x`, in the compute dtype (fp32 if `precise`)."""
+    x = wide(x) if self.precise else x.astype(self.dtype)
+    y = jnp.einsum(self.equation, x, self.weight[...].astype(x.dtype))
+    return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def dropout(
+  x: Float[Array, "..."], rate: float, key: jax.Array | None
+) -> Float[Array, "..."]:
+  """Zeroes a share `rate` of `x` and scales the rest; off if `key` is None."""
+  if key is None or rate == 0:
+    return x
+  keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+  return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+  """`cap * tanh(x / cap)`, or `x` where there is no cap."""
+  return x if cap is None else cap * jnp.tanh(x / cap)

@@ -1,0 +1,1 @@
+"""Sequence mixers with parameters: (x, state, segments) -> (y, state)."""

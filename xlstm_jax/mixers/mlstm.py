@@ -1,0 +1,235 @@
+"""mLSTM mixer of the paper: up-projection, convolution, cell, output gate."""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from xlstm_jax.cells import mlstm
+from xlstm_jax.errors import UserError
+from xlstm_jax.layers import initializers
+from xlstm_jax.layers.compute import Compute
+from xlstm_jax.layers.conv import CausalConv, ConvState
+from xlstm_jax.layers.feedforward import round_up
+from xlstm_jax.layers.linear import Linear, dropout
+from xlstm_jax.layers.norm import Norm, NormConfig, qk_norm
+from xlstm_jax.mixers.gates import Gates
+from xlstm_jax.mixers.memory import memory
+from xlstm_jax.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class MLSTMConfig:
+  """The mLSTM mixer of the paper's pre-up-projection block.
+
+  Attributes:
+    num_heads: heads; they are contiguous slices of the inner channels.
+    factor: inner channels per channel, rounded up to `round_to`.
+    round_to: the inner size is a multiple of this.
+    conv_window: of the causal convolution; 0 for none.
+    qkv_block: q, k and v are block-diagonal maps with blocks of this size;
+      0 for dense maps.
+    gate_input: what the gates see: q, k and v, the convolved channels, or the
+      up-projected channels before the convolution.
+    gate_headwise: each head's gates see that head's channels alone.
+    gate_cap: soft cap of the gate pre-activations.
+    input_gate: exponential with stabiliser, or sigmoid.
+    input_gate_bias: starting bias of the input gate; None for N(0, 0.1^2).
+    normalize: divide by the normaliser state.
+    qk_norm: RMS-normalise q and k in every head.
+    eps: added to the cell's normaliser.
+    bias: add biases to all projections.
+  """
+
+  num_heads: int = 4
+  factor: float = 2.0
+  round_to: int = 64
+  conv_window: int = 4
+  qkv_block: int = 4
+  gate_input: Literal["qkv", "conv", "up"] = "qkv"
+  gate_headwise: bool = False
+  gate_cap: float | None = None
+  input_gate: Literal["exp", "sigmoid"] = "exp"
+  input_gate_bias: float | None = None
+  normalize: bool = True
+  qk_norm: bool = False
+  eps: float = 1e-6
+  bias: bool = False
+
+  def inner(self, width: int) -> int:
+    """Inner channels at this width."""
+    return round_up(self.factor * width, self.round_to)
+
+  def head_channels(self, width: int) -> tuple[int, int]:
+    """Channels of a head's keys and of its values at this width."""
+    channels = self.inner(width) // self.num_heads
+    return channels, channels
+
+
+class MLSTMState(NamedTuple):
+  """Convolution and cell state."""
+
+  conv: ConvState | None
+  cell: mlstm.State
+
+
+class MLSTM(nnx.Module):
+  """The mixer between a pre-up-projection block's norm and its residual."""
+
+  def __init__(
+    self,
+    cfg: MLSTMConfig,
+    width: int,
+    *,
+    num_blocks: int,
+    head_norm: NormConfig,
+    dropout: float,
+    compute: Compute,
+    rngs: nnx.Rngs,
+  ):
+    inner = cfg.inner(width)
+    H = cfg.num_heads
+    if inner % H or (cfg.qkv_block and inner % cfg.qkv_block):
+      raise UserError(
+        f"The mLSTM's {inner} inner channels cannot be split into {H} heads "
+        f"and blocks of {cfg.qkv_block}: change mlstm.num_heads, "
+        "mlstm.qkv_block or mlstm.factor."
+      )
+    bias = initializers.zeros if cfg.bias else None
+    self.cfg = cfg
+    self.heads = (H, inner // H)
+    self.dropout = dropout
+    self.compute = compute
+    # Along G: the cell's input, then the output gate's.
+    self.up = Linear(
+      "BTD,DGU->BTGU",
+      (width, 2, inner),
+      ("width", None, "inner"),
+      init=initializers.small(width),
+      bias=bias,
+      compute=compute,
+      rngs=rngs,
+    )
+    self.conv = (
+      CausalConv(cfg.conv_window, inner, compute=compute, rngs=rngs)
+      if cfg.conv_window
+      else None
+    )
+    self.q, self.k, self.v = (
+      _BlockDiagonal(cfg, width, bias=bias, compute=compute, rngs=rngs)
+      for _ in range(3)
+    )
+    self.q_norm, self.k_norm = (
+      qk_norm(self.heads, compute=compute, rngs=rngs) if cfg.qk_norm else None
+      for _ in range(2)
+    )
+    self.gates = Gates(
+      sources=3 if cfg.gate_input == "qkv" else 1,
+      channels=inner,
+      axis="inner",
+      num_heads=H,
+      headwise=cfg.gate_headwise,
+      cap=cfg.gate_cap,
+      input_bias=cfg.input_gate_bias,
+      compute=compute,
+      rngs=rngs,
+    )
+    self.head_norm = Norm(
+      head_norm, self.heads, ("heads", None), compute=compute, rngs=rngs
+    )
+    self.skip = nnx.Param(
+      initializers.ones(rngs.params(), (inner,), compute.param_dtype),
+      axes=("inner",),
+    )
+    self.down = Linear(
+      "BTU,UD->BTD",
+      (inner, width),
+      ("inner", "width"),
+      init=initializers.wang(width, num_blocks),
+      bias=bias,
+      compute=compute,
+      rngs=rngs,
+    )
+
+  def empty_state(self, batch: int) -> MLSTMState:
+    """The empty past of `batch` rows."""
+    H, K = self.heads
+    conv = None
+    if self.conv is not None:
+      conv = self.conv.empty_state(batch, self.compute.dtype)
+    return MLSTMState(
+      conv, mlstm.empty_state(batch, H, K, K, self.compute.param_dtype)
+    )
+
+  def __call__(
+    self,
+    x_BTD: Float[Array, "B T D"],
+    *,
+    segments_BT: Int[Array, "B T"] | None = None,
+    state: MLSTMState | None = None,
+    dropout_key: jax.Array | None = None,
+  ) -> tuple[Float[Array, "B T D"], MLSTMState]:
+    """Mixes along time within segments; `state` None is the empty past."""
+    up_BTGU = constrain(self.up(x_BTD), "batch", "time", None, "inner")
+    x_BTU, z_BTU = up_BTGU[..., 0, :], up_BTGU[..., 1, :]
+    conv_BTU, conv_state = x_BTU, None
+    if self.conv is not None:
+      conv_BTU, conv_state = self.conv(
+        x_BTU, segments_BT=segments_BT, state=state.conv if state else None
+      )
+      conv_BTU = jax.nn.silu(conv_BTU)
+    q_BTU, k_BTU, v_BTU = self.q(conv_BTU), self.k(conv_BTU), self.v(x_BTU)
+    sources = {
+      "qkv": (q_BTU, k_BTU, v_BTU),
+      "conv": (conv_BTU,),
+      "up": (x_BTU,),
+    }
+    i_BTH, f_BTH = self.gates(*sources[self.cfg.gate_input])
+    q_BTHK, k_BTHK, v_BTHV = (self._heads(x) for x in (q_BTU, k_BTU, v_BTU))
+    if self.q_norm is not None and self.k_norm is not None:
+      q_BTHK, k_BTHK = self.q_norm(q_BTHK), self.k_norm(k_BTHK)
+    h_BTHV, cell_state = memory(
+      q_BTHK,
+      k_BTHK,
+      v_BTHV,
+      i_BTH=i_BTH,
+      f_BTH=f_BTH,
+      segments_BT=segments_BT,
+      state=state.cell if state else None,
+      cfg=self.cfg,
+      compute=self.compute,
+    )
+    h_BTU = self.head_norm(h_BTHV).reshape(x_BTU.shape)
+    h_BTU = h_BTU + self.skip[...].astype(h_BTU.dtype) * conv_BTU
+    y_BTD = self.down(h_BTU * jax.nn.silu(z_BTU))
+    y_BTD = dropout(y_BTD, self.dropout, dropout_key)
+    return y_BTD, MLSTMState(conv_state, cell_state)
+
+  def _heads(self, x_BTU):
+    x_BTHK = x_BTU.reshape(*x_BTU.shape[:2], *self.heads)
+    return constrain(x_BTHK, "batch", "time", "heads", None)
+
+
+class _BlockDiagonal(nnx.Module):
+  """A map of the inner channels within blocks of `qkv_block` channels."""
+
+  def __init__(self, cfg: MLSTMConfig, width: int, *, bias, compute, rngs):
+    inner = cfg.inner(width)
+    block = cfg.qkv_block or inner
+    self.blocks = inner // block
+    # N blocks, from I to O.
+    self.map = Linear(
+      "BTNI,NIO->BTNO",
+      (self.blocks, block, block),
+      ("inner", None, None),
+      init=initializers.small(width),
+      bias=bias,
+      compute=compute,
+      rngs=rngs,
+    )
+
+  def __call__(self, x_BTU):
+    x_BTNI = x_BTU.reshape(*x_BTU.shape[:2], self.blocks, -1)
+    return self.map(x_BTNI).reshape(x_BTU.shape)

@@ -1,0 +1,157 @@
+"""mLSTM mixer of the 7B model: projections of the block's input, no more."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from xlstm_jax.cells import mlstm
+from xlstm_jax.errors import UserError
+from xlstm_jax.layers import initializers
+from xlstm_jax.layers.compute import Compute
+from xlstm_jax.layers.linear import Linear, dropout
+from xlstm_jax.layers.norm import Norm, NormConfig, qk_norm
+from xlstm_jax.mixers.gates import Gates
+from xlstm_jax.mixers.memory import memory
+from xlstm_jax.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class MLSTMLargeConfig:
+  """The mLSTM mixer of the 7B model (xLSTM-7B paper).
+
+  Attributes:
+    num_heads: heads; they are contiguous slices of the channels.
+    qk_factor: channels of q and k, relative to the width.
+    v_factor: channels of v and the output gate, relative to the width.
+    gate_cap: soft cap of the gate pre-activations; None for none.
+    input_gate: exponential with stabiliser, or sigmoid.
+    input_gate_bias: starting bias of the input gate; None for N(0, 0.1^2).
+    normalize: divide by the normaliser state.
+    qk_norm: RMS-normalise q and k in every head.
+    eps: added to the cell's normaliser.
+    bias: add biases to the projections (gates always have one).
+  """
+
+  num_heads: int = 8
+  qk_factor: float = 0.5
+  v_factor: float = 1.0
+  gate_cap: float | None = 15.0
+  input_gate: Literal["exp", "sigmoid"] = "exp"
+  input_gate_bias: float | None = -10.0
+  normalize: bool = True
+  qk_norm: bool = False
+  eps: float = 1e-6
+  bias: bool = False
+
+  def head_channels(self, width: int) -> tuple[int, int]:
+    """Channels of a head's keys and of its values at this width."""
+    qk, v = int(width * self.qk_factor), int(width * self.v_factor)
+    return qk // self.num_heads, v // self.num_heads
+
+
+class MLSTMLarge(nnx.Module):
+  """The mixer between a 7B block's norm and its residual."""
+
+  def __init__(
+    self,
+    cfg: MLSTMLargeConfig,
+    width: int,
+    *,
+    num_blocks: int,
+    head_norm: NormConfig,
+    dropout: float,
+    compute: Compute,
+    rngs: nnx.Rngs,
+  ):
+    H = cfg.num_heads
+    qk, v = int(width * cfg.qk_factor), int(width * cfg.v_factor)
+    if qk % H or v % H:
+      raise UserError(
+        f"The mLSTM's {qk} query and {v} value channels cannot be split into "
+        f"{H} heads: change mlstm_large.num_heads, .qk_factor or .v_factor."
+      )
+    K, V = cfg.head_channels(width)
+
+    def project(size, init):
+      return Linear(
+        "BTD,DHE->BTHE",
+        (width, H, size),
+        ("width", "heads", None),
+        init=init,
+        bias=initializers.zeros if cfg.bias else None,
+        compute=compute,
+        rngs=rngs,
+      )
+
+    self.cfg = cfg
+    self.shape = (H, K, V)
+    self.dropout = dropout
+    self.compute = compute
+    self.q = project(K, initializers.small(width))
+    self.k = project(K, initializers.small(width))
+    self.v = project(V, initializers.small(width))
+    self.o = project(V, initializers.zeros)
+    self.q_norm, self.k_norm = (
+      qk_norm((H, K), compute=compute, rngs=rngs) if cfg.qk_norm else None
+      for _ in range(2)
+    )
+    self.gates = Gates(
+      sources=1,
+      channels=width,
+      axis="width",
+      num_heads=H,
+      headwise=False,
+      cap=cfg.gate_cap,
+      input_bias=cfg.input_gate_bias,
+      compute=compute,
+      rngs=rngs,
+    )
+    self.head_norm = Norm(
+      head_norm, (H, V), ("heads", None), compute=compute, rngs=rngs
+    )
+    self.out = Linear(
+      "BTHV,HVD->BTD",
+      (H, V, width),
+      ("heads", None, "width"),
+      init=initializers.wang(width, num_blocks),
+      bias=initializers.zeros if cfg.bias else None,
+      compute=compute,
+      rngs=rngs,
+    )
+
+  def empty_state(self, batch: int) -> mlstm.State:
+    """The empty past of `batch` rows."""
+    return mlstm.empty_state(batch, *self.shape, self.compute.param_dtype)
+
+  def __call__(
+    self,
+    x_BTD: Float[Array, "B T D"],
+    *,
+    segments_BT: Int[Array, "B T"] | None = None,
+    state: mlstm.State | None = None,
+    dropout_key: jax.Array | None = None,
+  ) -> tuple[Float[Array, "B T D"], mlstm.State]:
+    """Mixes along time within segments; `state` None is the empty past."""
+    q_BTHK, k_BTHK, v_BTHV, o_BTHV = (
+      constrain(project(x_BTD), "batch", "time", "heads", None)
+      for project in (self.q, self.k, self.v, self.o)
+    )
+    i_BTH, f_BTH = self.gates(x_BTD)
+    if self.q_norm is not None and self.k_norm is not None:
+      q_BTHK, k_BTHK = self.q_norm(q_BTHK), self.k_norm(k_BTHK)
+    h_BTHV, state = memory(
+      q_BTHK,
+      k_BTHK,
+      v_BTHV,
+      i_BTH=i_BTH,
+      f_BTH=f_BTH,
+      segments_BT=segments_BT,
+      state=state,
+      cfg=self.cfg,
+      compute=self.compute,
+    )
+    y_BTD = self.out(jax.nn.sigmoid(o_BTHV) * self.head_norm(h_BTHV))
+    return dropout(y_BTD, self.dropout, dropout_key), state

@@ -1,0 +1,1 @@
+"""Blocks, the language model, named sizes, parameter and FLOP counts."""

@@ -1,0 +1,119 @@
+"""Residual blocks: a mixer behind a norm, and a feed-forward where due."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from xlstm_jax.layers.compute import Compute
+from xlstm_jax.layers.feedforward import FeedForward
+from xlstm_jax.layers.norm import Norm
+from xlstm_jax.mixers.mlstm import MLSTM
+from xlstm_jax.mixers.mlstm_large import MLSTMLarge
+from xlstm_jax.mixers.slstm import SLSTM
+from xlstm_jax.models.config import BlockKind, ModelConfig
+from xlstm_jax.sharding import constrain
+
+
+class Block(nnx.Module):
+  """`x + mixer(norm(x))`, then `x + feedforward(norm(x))`.
+
+  The paper's mLSTM block projects up inside its mixer and has no
+  feed-forward; sLSTM and 7B blocks have one.
+
+  Args:
+    cfg: the model's.
+    kind: the block's.
+    index: of the block among all blocks; it may be traced.
+  """
+
+  def __init__(
+    self,
+    cfg: ModelConfig,
+    kind: BlockKind,
+    index: int | jax.Array,
+    *,
+    compute: Compute,
+    rngs: nnx.Rngs,
+  ):
+    def norm():
+      return Norm(
+        cfg.norm, (cfg.width,), ("width",), compute=compute, rngs=rngs
+      )
+
+    self.norm = norm()
+    self.mixer = _mixer(cfg, kind, index, compute=compute, rngs=rngs)
+    self.mixer_post_norm = norm() if cfg.post_norm else None
+    feeds = kind != "mlstm"
+    self.feedforward_norm = norm() if feeds else None
+    self.feedforward = (
+      FeedForward(
+        cfg.feedforward,
+        cfg.width,
+        num_blocks=cfg.num_blocks,
+        dropout=cfg.dropout,
+        compute=compute,
+        rngs=rngs,
+      )
+      if feeds
+      else None
+    )
+    self.feedforward_post_norm = norm() if feeds and cfg.post_norm else None
+
+  def __call__(
+    self,
+    x_BTD: Float[Array, "B T D"],
+    *,
+    segments_BT: Int[Array, "B T"] | None = None,
+    state: Any = None,
+    dropout_key: jax.Array | None = None,
+  ) -> tuple[Float[Array, "B T D"], Any]:
+    """The residual stream after the block, and the mixer's state."""
+    keys = (None, None)
+    if dropout_key is not None:
+      keys = jax.random.split(dropout_key)
+    y_BTD, state = self.mixer(
+      pinned(self.norm(x_BTD)),
+      segments_BT=segments_BT,
+      state=state,
+      dropout_key=keys[0],
+    )
+    x_BTD = x_BTD + pinned(_normed(self.mixer_post_norm, y_BTD))
+    if self.feedforward is not None and self.feedforward_norm is not None:
+      y_BTD = self.feedforward(
+        pinned(self.feedforward_norm(x_BTD)), dropout_key=keys[1]
+      )
+      x_BTD = x_BTD + pinned(_normed(self.feedforward_post_norm, y_BTD))
+    return pinned(x_BTD), state
+
+
+def pinned(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+  """The residual stream's sharding: channels are whole on every device.
+
+  At both ends of every weight matmul, since XLA (jax 0.12.0) silently computes
+  x[B: data fsdp, F: tensor] @ W[D: fsdp, F: tensor]^T wrongly where it is free
+  to split the result's channels over tensor; so it did in backward passes.
+  """
+  return constrain(x_BTD, "batch", "time", None)
+
+
+def _normed(norm: Norm | None, x_BTD):
+  return x_BTD if norm is None else norm(x_BTD)
+
+
+def _mixer(cfg: ModelConfig, kind: BlockKind, index, *, compute, rngs):
+  shared = {
+    "num_blocks": cfg.num_blocks,
+    "head_norm": cfg.head_norm,
+    "dropout": cfg.dropout,
+    "compute": compute,
+    "rngs": rngs,
+  }
+  match kind:
+    case "mlstm":
+      return MLSTM(cfg.mlstm, cfg.width, **shared)
+    case "mlstm_large":
+      return MLSTMLarge(cfg.mlstm_large, cfg.width, **shared)
+    case "slstm":
+      return SLSTM(cfg.slstm, cfg.width, block_index=index, **shared)

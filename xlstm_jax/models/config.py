@@ -1,0 +1,132 @@
+"""What a language model is: every choice that changes the function."""
+
+import dataclasses
+from typing import Literal
+
+from xlstm_jax.errors import UserError
+from xlstm_jax.layers.feedforward import FeedForwardConfig
+from xlstm_jax.layers.norm import NormConfig
+from xlstm_jax.mixers.mlstm import MLSTMConfig
+from xlstm_jax.mixers.mlstm_large import MLSTMLargeConfig
+from xlstm_jax.mixers.slstm import SLSTMConfig
+
+BlockKind = Literal["mlstm", "mlstm_large", "slstm"]
+
+# Far beyond any model, and few enough to be listed.
+MAX_BLOCKS = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """An xLSTM language model; the defaults are the paper's 125M xLSTM[1:0].
+
+  Attributes:
+    vocab_size: rows of the embedding; at least the tokenizer's.
+    width: channels of the residual stream.
+    num_blocks: blocks, of all kinds.
+    mlstm_block: "paper" (pre-up-projection, no feed-forward) or "large" (the
+      7B model's, with a feed-forward after it).
+    slstm_at: indices of the blocks that are sLSTM; the others are mLSTM.
+    mlstm: the mixer of "paper" mLSTM blocks.
+    mlstm_large: the mixer of "large" mLSTM blocks.
+    slstm: the mixer of sLSTM blocks.
+    feedforward: of sLSTM and of "large" mLSTM blocks.
+    norm: before mixers and feed-forwards, and after the last block.
+    head_norm: of the cells' outputs, per head.
+    out_norm: norm after the last block.
+    out_norm_bias: that norm has a bias where `norm` has one.
+    post_norm: norm each branch's output before it joins the residual stream.
+    tie_embeddings: the vocabulary projection is the embedding.
+    logit_cap: soft cap of the logits; None for none.
+    dropout: of branch outputs.
+    embedding_dropout: apply `dropout` to the embeddings too.
+  """
+
+  vocab_size: int = 50304
+  width: int = 768
+  num_blocks: int = 24
+  mlstm_block: Literal["paper", "large"] = "paper"
+  slstm_at: tuple[int, ...] = ()
+  mlstm: MLSTMConfig = MLSTMConfig()
+  mlstm_large: MLSTMLargeConfig = MLSTMLargeConfig()
+  slstm: SLSTMConfig = SLSTMConfig()
+  feedforward: FeedForwardConfig = FeedForwardConfig()
+  norm: NormConfig = NormConfig()
+  head_norm: NormConfig = NormConfig()
+  out_norm: bool = True
+  out_norm_bias: bool = True
+  post_norm: bool = False
+  tie_embeddings: bool = False
+  logit_cap: float | None = None
+  dropout: float = 0.0
+  embedding_dropout: bool = False
+
+  def __post_init__(self):
+    """Refuses what no model can be.
+
+    Raises:
+      UserError: a size below 1, or an sLSTM position outside the model.
+    """
+    for field in ("vocab_size", "width", "num_blocks"):
+      if getattr(self, field) < 1:
+        raise UserError(
+          f"model.{field} is {getattr(self, field)}; it must be at least 1."
+        )
+    if self.num_blocks > MAX_BLOCKS:
+      raise UserError(
+        f"model.num_blocks is {self.num_blocks}; it must be at most "
+        f"{MAX_BLOCKS}."
+      )
+    outside = [at for at in self.slstm_at if not 0 <= at < self.num_blocks]
+    if outside:
+      raise UserError(
+        f"model.slstm_at names the blocks {outside}, but a model of "
+        f"{self.num_blocks} blocks has indices 0 to {self.num_blocks - 1}."
+      )
+
+  @property
+  def kinds(self) -> tuple[BlockKind, ...]:
+    """The kind of every block, first to last."""
+    other = "mlstm" if self.mlstm_block == "paper" else "mlstm_large"
+    return tuple(
+      "slstm" if at in self.slstm_at else other for at in range(self.num_blocks)
+    )
+
+  @property
+  def memory(self) -> MLSTMConfig | MLSTMLargeConfig:
+    """The mixer of the mLSTM blocks."""
+    return self.mlstm if self.mlstm_block == "paper" else self.mlstm_large
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Consecutive blocks that repeat: `unit` stands `repeats` times.
+
+  Attributes:
+    start: index of the first block.
+    unit: kinds of the blocks of one repetition.
+    repeats: how often it stands.
+  """
+
+  start: int
+  unit: tuple[BlockKind, ...]
+  repeats: int
+
+
+def runs(kinds: tuple[BlockKind, ...]) -> tuple[Run, ...]:
+  """The model as runs: of the repeating pattern, else of one kind each.
+
+  This alone decides the shape of the parameter tree: the parameters of the
+  `repeats` blocks at one place of a run are stacked along a leading axis.
+  """
+  for period in range(1, len(kinds) // 2 + 1):
+    repeats = len(kinds) // period
+    if kinds == kinds[:period] * repeats:
+      return (Run(0, kinds[:period], repeats),)
+  found = []
+  for at, kind in enumerate(kinds):
+    if found and found[-1].unit == (kind,):
+      found[-1] = dataclasses.replace(found[-1], repeats=found[-1].repeats + 1)
+    else:
+      found.append(Run(at, (kind,), 1))
+  return tuple(found)
