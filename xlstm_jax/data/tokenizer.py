@@ -1,0 +1,345 @@
+"""Text to token ids and back: bytes, or any Hugging Face `tokenizer.json`."""
+
+import abc
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from xlstm_jax.data import format as files
+from xlstm_jax.errors import UserError
+
+SPEC_FILE = "tokenizer_spec.json"
+HUGGING_FACE_FILE = "tokenizer.json"
+TRAINED_END_OF_TEXT = "<|endoftext|>"
+# GPT-2 and GPT-NeoX, Llama 3, Llama 1-2 and T5, Gemma, BERT-like, DeepSeek.
+END_OF_TEXT_NAMES = (
+  TRAINED_END_OF_TEXT,
+  "<|end_of_text|>",
+  "</s>",
+  "<eos>",
+  "[EOS]",
+  "<|eos|>",
+  "<\uff5cend\u2581of\u2581sentence\uff5c>",
+)
+_MAX_FILE_BYTES = 512 * 2**20
+
+
+class StreamDecoder:
+  """Turns ids that arrive one by one into text, never half a character.
+
+  What `feed` and the final `flush` return adds up to `decode` of all ids.
+  """
+
+  def __init__(self, tokenizer: "Tokenizer"):
+    self._tokenizer = tokenizer
+    self._shown: list[int] = []
+    self._pending: list[int] = []
+
+  def feed(self, token: int) -> str:
+    """The text that `token` completes, possibly empty."""
+    self._pending.append(token)
+    text = self._new_text()
+    return "" if text.endswith("\ufffd") else self._show(text)
+
+  def flush(self) -> str:
+    """What an unfinished character at the end is shown as."""
+    return self._show(self._new_text())
+
+  def _new_text(self) -> str:
+    # Some decoders treat the first token differently (a leading space), so
+    # the tokens shown last are decoded along.
+    before = self._tokenizer.decode(self._shown)
+    return self._tokenizer.decode(self._shown + self._pending)[len(before) :]
+
+  def _show(self, text: str) -> str:
+    if text:
+      self._shown, self._pending = self._pending, []
+    return text
+
+
+class Tokenizer(abc.ABC):
+  """Ids in [0, vocab_size); the end-of-text id never stands inside a text."""
+
+  kind: str
+  vocab_size: int
+  end_of_text: int
+  hash: str
+
+  @property
+  def spec(self) -> files.TokenizerSpec:
+    return files.TokenizerSpec(
+      self.kind, self.hash, self.vocab_size, self.end_of_text
+    )
+
+  @property
+  def dtype(self) -> np.dtype:
+    """Little-endian uint16 or uint32."""
+    return files.token_dtype(self.vocab_size)
+
+  def encode(self, text: str) -> np.ndarray:
+    """The ids of one text, without an end-of-text."""
+    try:
+      data = text.encode()
+    except UnicodeEncodeError as error:
+      raise UserError(
+        f"The text {text[:40]!r} is not valid Unicode."
+      ) from error
+    tokens, lengths = self.encode_documents([data])
+    if lengths[0] < 0:
+      raise UserError(
+        f"The text {text[:40]!r} cannot be told from the end of a text by this "
+        "tokenizer."
+      )
+    return tokens[:-1]
+
+  @abc.abstractmethod
+  def encode_documents(
+    self, texts: Sequence[bytes]
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Encodes UTF-8 texts to (d1 E d2 E ... dn E, lengths without the E).
+
+    A text whose ids cannot be kept free of E has length -1 and no tokens, not
+    even the E.
+    """
+
+  @abc.abstractmethod
+  def decode(self, tokens: Iterable[int]) -> str:
+    """The text of these ids; end-of-text has none, broken UTF-8 is U+FFFD."""
+
+  def stream(self) -> StreamDecoder:
+    """A decoder for ids that arrive one by one."""
+    return StreamDecoder(self)
+
+  def save(self, directory: str | os.PathLike[str]) -> None:
+    """Writes what `load(directory)` needs."""
+    data = json.dumps(dataclasses.asdict(self.spec), indent=1)
+    files.write_atomically(Path(directory) / SPEC_FILE, f"{data}\n".encode())
+
+
+class ByteTokenizer(Tokenizer):
+  """The 256 byte values, and 256 for the end of text."""
+
+  kind = "byte"
+  vocab_size = 257
+  end_of_text = 256
+  hash = hashlib.sha256(b"xlstm_jax byte tokenizer 1").hexdigest()
+
+  def encode_documents(
+    self, texts: Sequence[bytes]
+  ) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+    joined = np.frombuffer(b"\0".join((*texts, b"")), np.uint8)
+    tokens = joined.astype(self.dtype)
+    tokens[np.cumsum(lengths + 1) - 1] = self.end_of_text
+    return tokens, lengths
+
+  def decode(self, tokens: Iterable[int]) -> str:
+    data = bytes(int(t) for t in tokens if t != self.end_of_text)
+    return data.decode("utf-8", errors="replace")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+  """A `tokenizer.json`, used for text only.
+
+  No special tokens are added, and the name of one inside a text is encoded as
+  the characters it is written with. Truncation and padding are switched off.
+  """
+
+  kind = "huggingface"
+
+  def __init__(
+    self, data: bytes, path: Path, end_of_text: str | int | None = None
+  ):
+    """Reads the bytes of `path`; `end_of_text` None looks for a known name.
+
+    Raises:
+      UserError: not a tokenizer, or without a known end-of-text token.
+    """
+    self._data = data
+    content = files.parse_json(data, path)
+    name, self.end_of_text = _find_end_of_text(
+      _build(content, path), path, end_of_text
+    )
+    self._end_of_text_name = name
+    self._tokenizer = _build(_as_special(content, name), path)
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
+    self._tokenizer.encode_special_tokens = True
+    ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+    self.vocab_size = max(ids) + 1
+    if self.vocab_size > files.MAX_VOCAB_SIZE:
+      raise UserError(f"{path} has the id {self.vocab_size - 1}: too large.")
+    identity = b"%d\n%s" % (self.end_of_text, data)
+    self.hash = hashlib.sha256(identity).hexdigest()
+
+  def encode_documents(
+    self, texts: Sequence[bytes]
+  ) -> tuple[np.ndarray, np.ndarray]:
+    plain = self._encode([text.decode() for text in texts])
+    documents: list[np.ndarray | None] = list(plain)
+    for i, tokens in enumerate(plain):
+      if (tokens == self.end_of_text).any():
+        documents[i] = self._encode_apart(texts[i].decode())
+    end = np.array([self.end_of_text], self.dtype)
+    lengths = np.array([-1 if d is None else len(d) for d in documents])
+    pieces = [end[:0]]
+    for tokens in documents:
+      if tokens is not None:
+        pieces += [tokens, end]
+    return np.concatenate(pieces), lengths
+
+  def decode(self, tokens: Iterable[int]) -> str:
+    kept = [int(t) for t in tokens if t != self.end_of_text]
+    with _explained("the tokenizer failed on ids"):
+      return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+  def save(self, directory: str | os.PathLike[str]) -> None:
+    files.write_atomically(Path(directory) / HUGGING_FACE_FILE, self._data)
+    super().save(directory)
+
+  def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+    with _explained("the tokenizer failed on a text"):
+      encoded = self._tokenizer.encode_batch_fast(
+        texts, add_special_tokens=False
+      )
+    return [np.array(one.ids, self.dtype) for one in encoded]
+
+  def _encode_apart(self, text: str) -> np.ndarray | None:
+    """Encodes a text in which the model sees the end-of-text token's name.
+
+    Unigram models know the name as an ordinary piece; every occurrence is cut
+    in two. None where that does not help, as where <unk> is the end of text.
+    """
+    name = self._end_of_text_name
+    pieces = text.split(name)
+    half = len(name) // 2
+    parts = [piece + name[:half] for piece in pieces[:-1]] + pieces[-1:]
+    parts[1:] = [name[half:] + part for part in parts[1:]]
+    tokens = np.concatenate(self._encode(parts))
+    return None if (tokens == self.end_of_text).any() else tokens
+
+
+def load(
+  spec: str | os.PathLike[str], *, end_of_text: str | None = None
+) -> Tokenizer:
+  """A tokenizer by name or place.
+
+  `spec` is "byte", a `tokenizer.json`, or a folder: one that prepare or train
+  wrote, or any other with a `tokenizer.json` in it. `end_of_text` names the
+  end-of-text token where it is not one of the usual names.
+
+  Raises:
+    UserError: there is none, it is malformed, or it was altered.
+  """
+  if spec == ByteTokenizer.kind:
+    return ByteTokenizer()
+  path = Path(spec)
+  if path.is_dir():
+    if (path / SPEC_FILE).exists():
+      return _load_saved(path)
+    path = path / HUGGING_FACE_FILE
+  if not path.exists():
+    raise UserError(
+      f"There is no tokenizer at {path}; give the path of a tokenizer.json, or "
+      f"{ByteTokenizer.kind}."
+    )
+  data = files.read_regular_file(path, limit=_MAX_FILE_BYTES)
+  return HuggingFaceTokenizer(data, path, end_of_text)
+
+
+def train(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
+  """Trains a byte-level BPE; the same texts in the same order, the same result.
+
+  The vocabulary has the end-of-text token, the 256 byte values and merges; it
+  is smaller than `vocab_size` where the texts have too few distinct pairs.
+  """
+  if not 257 <= vocab_size <= 2**20:
+    raise UserError(
+      f"A trained vocabulary has 257 to {2**20} entries, not {vocab_size}."
+    )
+  tokenizer = tokenizers.Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=[TRAINED_END_OF_TEXT],
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  tokenizer.train_from_iterator(texts, trainer)
+  data = tokenizer.to_str(pretty=True).encode()
+  return HuggingFaceTokenizer(data, Path(HUGGING_FACE_FILE))
+
+
+def _load_saved(directory: Path) -> Tokenizer:
+  path = directory / SPEC_FILE
+  data = files.read_regular_file(path, limit=2**20)
+  spec = files.tokenizer_spec(files.parse_json(data, path), path)
+  if spec.kind == ByteTokenizer.kind:
+    tokenizer = ByteTokenizer()
+  else:
+    path = directory / HUGGING_FACE_FILE
+    data = files.read_regular_file(path, limit=_MAX_FILE_BYTES)
+    tokenizer = HuggingFaceTokenizer(data, path, spec.end_of_text)
+  if tokenizer.spec != spec:
+    raise UserError(
+      f"{path} was altered: it is not the tokenizer that {SPEC_FILE} beside it "
+      "describes."
+    )
+  return tokenizer
+
+
+def _build(content: Any, path: Path) -> tokenizers.Tokenizer:
+  with _explained(f"{path} is not a usable tokenizer.json"):
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+  """Around single calls into `tokenizers`, whose errors have no class.
+
+  It raises a plain Exception for everything; a panic of its Rust code is a
+  BaseException that cannot be imported.
+  """
+  try:
+    yield
+  except BaseException as error:
+    panicked = type(error).__name__ == "PanicException"
+    if isinstance(error, Exception) or panicked:
+      raise UserError(f"{what}: {error}.") from error
+    raise
+
+
+def _find_end_of_text(
+  tokenizer: tokenizers.Tokenizer, path: Path, wanted: str | int | None
+) -> tuple[str, int]:
+  if isinstance(wanted, int):
+    wanted = tokenizer.id_to_token(wanted) or f"of id {wanted}"
+  for name in END_OF_TEXT_NAMES if wanted is None else (wanted,):
+    token = tokenizer.token_to_id(name)
+    if token is not None:
+      return name, token
+  if wanted is not None:
+    raise UserError(f"{path} has no token {wanted} to end a text with.")
+  raise UserError(
+    f"{path} has none of the usual end-of-text tokens "
+    f"({', '.join(END_OF_TEXT_NAMES)}); name it with --end-of-text."
+  )
+
+
+def _as_special(content: Any, name: str) -> Any:
+  """Marks the end-of-text token special: only those can be kept out of text."""
+  added = [
+    {**token, "special": True} if token.get("content") == name else token
+    for token in content.get("added_tokens") or []
+  ]
+  return {**content, "added_tokens": added}
