@@ -1,0 +1,521 @@
+"""Training states on disk: a thin layer over Orbax.
+
+A step is a folder of items. "params" and "optimizer" are trees of arrays of
+global shape, restored into any sharding; "progress" is JSON. A step counts
+once Orbax has committed it whole, so a killed save leaves no trace but a
+temporary folder, which the next writer removes.
+
+Every step is committed together with checksums of its files. A writer moves
+damaged steps aside before it goes on from the newest good one; a reader refuses
+them. A step without checksums is taken for what it says.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import absl.logging
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from xlstm_jax import checksums
+from xlstm_jax.errors import UserError
+
+Tree = Any
+# The metric of which the best checkpoint has least.
+EVAL_LOSS = "eval_loss"
+# Where Orbax keeps the metrics of a step.
+_METRICS = "metrics"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """Which checkpoints are kept.
+
+  Attributes:
+    keep_latest: the newest steps.
+    keep_best: the steps of lowest held-out loss.
+    keep_every: besides, every step that this divides; None for none.
+    keep_minutes: besides, the first step after every so many minutes; None for
+      none.
+    retries: how often in a row a failed save is made again, at the next step
+      each time, before the run stops.
+  """
+
+  keep_latest: int = 2
+  keep_best: int = 1
+  keep_every: int | None = None
+  keep_minutes: int | None = None
+  retries: int = 3
+
+
+class SaveTimer:
+  """Says when a checkpoint is due by the clock of the first process.
+
+  Args:
+    minutes: between checkpoints; None for never.
+    now: seconds of a monotonic clock.
+  """
+
+  def __init__(
+    self, minutes: float | None, now: Callable[[], float] = time.monotonic
+  ):
+    self._minutes = minutes
+    self._now = now
+    self._saved = now()
+
+  def due(self) -> bool:
+    """The same on all processes, which must all ask at the same step."""
+    if self._minutes is None:
+      return False
+    return _of_first_process(self._now() - self._saved >= 60 * self._minutes)
+
+  def saved(self) -> None:
+    """Begins to count anew."""
+    self._saved = self._now()
+
+
+class Checkpoints:
+  """The checkpoints under a folder.
+
+  Args:
+    directory: of the checkpoints.
+    cfg: what to keep; None to read only, also while another process writes.
+    copies_gb: gigabytes of copies that a save holds at a time; 96 is Orbax's.
+
+  Attributes:
+    set_aside: a sentence for every damaged step that a writer moved aside.
+
+  Raises:
+    UserError: all checkpoints are damaged, or the folder of a damaged one
+      cannot be renamed.
+  """
+
+  def __init__(
+    self,
+    directory: epath.PathLike,
+    cfg: CheckpointConfig | None = None,
+    *,
+    copies_gb: int = 96,
+  ):
+    # Orbax wants absolute paths.
+    self.directory = epath.Path(directory).expanduser().resolve()
+    self._cfg = cfg
+    self._copies_gb = copies_gb
+    self._checked: set[int] = set()
+    self._saving: tuple[int, set[str]] | None = None
+    self._failure: OSError | ValueError | None = None
+    self._failures = 0
+    self.set_aside: list[str] = []
+    if cfg is not None:
+      self.set_aside = self._set_damaged_aside()
+    self._manager = self._open()
+
+  def steps(self) -> list[int]:
+    """All committed steps, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def latest(self) -> int | None:
+    """The newest step, or None."""
+    return self._manager.latest_step()
+
+  def best(self) -> int | None:
+    """The step of lowest held-out loss, the newest if none was evaluated.
+
+    Raises:
+      UserError: the loss of a step cannot be read.
+    """
+    return min(
+      self.steps(), key=lambda step: (self._loss_of(step), -step), default=None
+    )
+
+  def items(self, step: int) -> set[str]:
+    """The names of what is in a step."""
+    return {path.name for path in (self.directory / str(step)).iterdir()}
+
+  def save(
+    self,
+    step: int,
+    items: Mapping[str, Tree],
+    metrics: Mapping[str, float] | None = None,
+  ) -> None:
+    """Starts saving; once this returns, the arrays may be overwritten.
+
+    Args:
+      step: must not exist yet.
+      items: trees of `jax.Array` for "params" and "optimizer", and for
+        "progress" what JSON can hold.
+      metrics: with `EVAL_LOSS`, if the step was evaluated.
+
+    Raises:
+      UserError: this save or the ones before it could not be written, more
+        often than they may be made again.
+    """
+    if self._cfg is None:
+      raise ValueError("these checkpoints were opened to read only")
+    self.failure(wait=True)
+    args = {
+      name: ocp.args.JsonSave(tree)
+      if name == "progress"
+      else ocp.args.StandardSave(tree)
+      for name, tree in items.items()
+    }
+    self._failure = None
+    self._saving = step, {*items, _METRICS}
+    with self._noting_write_errors():
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(**args),
+        metrics=dict(metrics or {}),
+        force=True,
+      )
+
+  def failure(self, *, wait: bool = False) -> str | None:
+    """Why the last save was not written and should be made again, if so.
+
+    Args:
+      wait: until that is decided. Otherwise, and with several processes, a
+        save that is under way has not failed yet.
+
+    Raises:
+      UserError: it failed more often than it may be made again.
+    """
+    # Several processes must find out at the same step.
+    alone = jax.process_count() == 1
+    if wait or (alone and not self._manager.is_saving_in_progress()):
+      with self._noting_write_errors():
+        self._manager.wait_until_finished()
+      if self._failure is None:
+        self._saving = None
+        self._failures = 0
+    return None if self._failure is None else _reason(self._failure)
+
+  def wait(self) -> None:
+    """Returns when the save under way is committed.
+
+    Raises:
+      UserError: it could not be written.
+    """
+    if self.failure(wait=True):
+      raise self._write_error()
+
+  def restore(
+    self, step: int, abstract_items: Mapping[str, Tree]
+  ) -> dict[str, Tree]:
+    """Reads the named items, and nothing else, of a step.
+
+    Args:
+      step: one of `steps`.
+      abstract_items: for an item of arrays the tree of
+        `jax.ShapeDtypeStruct` with the shardings to restore into, on any
+        mesh; for "progress" anything.
+
+    Raises:
+      UserError: there is no such step or item, it is damaged, or its tree is
+        another one.
+    """
+    if step not in self._manager.all_steps():
+      raise UserError(
+        f"There is no checkpoint of step {step} in {self.directory}; there "
+        f"are {self.steps() or 'none'}."
+      )
+    for name in abstract_items:
+      if name not in self.items(step):
+        raise UserError(
+          f"The checkpoint {self.directory / str(step)} has no {name!r}."
+        )
+    self._refuse_damage(step, set(abstract_items))
+    args = {}
+    for name, abstract in abstract_items.items():
+      if name == "progress":
+        args[name] = ocp.args.JsonRestore()
+      else:
+        # Not the manager's, which reads the metadata of all items.
+        stored = ocp.StandardCheckpointHandler().metadata(
+          self.directory / str(step) / name
+        )
+        self._check_structure(step, name, stored.tree, abstract)
+        args[name] = ocp.args.StandardRestore(abstract)
+    restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+    return {name: restored[name] for name in abstract_items}
+
+  def close(self) -> None:
+    """Waits for the save under way and ends the background threads.
+
+    Raises:
+      UserError: the save could not be written.
+    """
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  def _check_structure(self, step, name, stored, abstract) -> None:
+    differences = _differences(_shapes(stored), _shapes(abstract))
+    if differences:
+      shown = differences[:5]
+      if len(differences) > len(shown):
+        shown.append(f"and {len(differences) - len(shown)} more")
+      raise UserError(
+        f"The checkpoint {self.directory / str(step)} is of another model; "
+        f"its {name} differ: {'; '.join(shown)}."
+      )
+
+  def _loss_of(self, step: int) -> float:
+    """The held-out loss of a step, infinite without one."""
+    path = self.directory / str(step) / _METRICS / _METRICS
+    if not path.exists():
+      return math.inf
+    try:
+      return _loss(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+      raise UserError(
+        f"The checkpoint of step {step} in {self.directory} is damaged: its "
+        "metrics cannot be read. Choose another step by its number."
+      ) from error
+
+  def _refuse_damage(self, step: int, names: set[str]) -> None:
+    """Reads what is to be restored once, on the first process for all."""
+    if step in self._checked:
+      return
+    found = None
+    if jax.process_index() == 0:
+      found = checksums.problem(self.directory / str(step), names)
+    if found := _of_first_process(found):
+      others = [str(other) for other in self.steps() if other != step]
+      raise UserError(
+        f"The checkpoint of step {step} in {self.directory} is damaged: "
+        f"{found}. Choose another step: {', '.join(others) or 'there is none'}."
+      )
+
+  def _set_damaged_aside(self) -> list[str]:
+    """Renames the folders of damaged steps, unless no good one is left."""
+    verdict = None
+    if jax.process_index() == 0:
+      verdict = _set_damaged_aside(self.directory)
+    newest, told, refusal = _of_first_process(verdict)
+    if refusal:
+      raise UserError(refusal)
+    if newest is not None:
+      self._checked.add(newest)
+    return told
+
+  @contextlib.contextmanager
+  def _noting_write_errors(self) -> Iterator[None]:
+    """Notes a failed write; raises the one after the last that may fail."""
+    try:
+      yield
+    except (OSError, ValueError) as error:
+      if not is_write_error(error):
+        raise
+      self._forget_failed_save()
+      self._failure = error
+      self._failures += 1
+      if self._failures > (self._cfg.retries if self._cfg else 0):
+        raise self._write_error() from error
+
+  def _write_error(self) -> UserError:
+    assert self._failure
+    reason, good = _reason(self._failure), self.latest()
+    times = f", {self._failures} times in a row" * (self._failures > 1)
+    # The next call is not about this failure.
+    self._failure = None
+    return UserError(
+      f"A checkpoint could not be written to {self.directory} "
+      f"({reason}){times}: make room for it and run again; "
+      + (
+        "no earlier checkpoint exists."
+        if good is None
+        else f"step {good} is intact."
+      )
+    )
+
+  def _forget_failed_save(self) -> None:
+    """Starts anew, without the partial save and the space that it took."""
+    # Its threads may fail once more on the way out, of what we report already.
+    with contextlib.suppress(OSError, ValueError):
+      self._manager.close()
+    self._manager = self._open()
+
+  def _open(self) -> ocp.CheckpointManager:
+    def arrays():
+      return ocp.StandardCheckpointHandler(save_concurrent_gb=self._copies_gb)
+
+    return ocp.CheckpointManager(
+      self.directory,
+      options=_options(self._cfg, self._before_commit),
+      item_handlers={
+        "params": arrays(),
+        "optimizer": arrays(),
+        "progress": ocp.JsonCheckpointHandler(),
+      },
+    )
+
+  def _before_commit(self) -> None:
+    """Writes the checksums of a step that is whole but not yet renamed."""
+    assert self._saving
+    step, names = self._saving
+    for folder in self.directory.iterdir():
+      if folder.name.split(".")[0] == str(step):
+        checksums.write(folder, sorted(names))
+
+
+def _set_damaged_aside(
+  directory: epath.Path,
+) -> tuple[int | None, list[str], str | None]:
+  """The newest good step, what was renamed, and why nothing could be."""
+  found: dict[int, str] = {}
+  newest = None
+  steps = ocp.path.step.standard_name_format().find_all(directory)
+  for step in sorted((one.step for one in steps), reverse=True):
+    # Of the steps behind the one to go on from, what opening them reads.
+    problem = checksums.problem(directory / str(step), contents=newest is None)
+    if problem:
+      found[step] = problem
+    elif newest is None:
+      newest = step
+  told = [
+    f"The checkpoint of step {step} in {directory} is damaged: {problem}."
+    for step, problem in found.items()
+  ]
+  if found and newest is None:
+    return (
+      None,
+      [],
+      (
+        f"{' '.join(told)} No good checkpoint is left: restore one from a "
+        "copy, or begin anew in another workdir."
+      ),
+    )
+  try:
+    for at, step in enumerate(found):
+      free = _free_name(directory, step)
+      (directory / str(step)).rename(free)
+      told[at] += f" It was renamed to {free.name}."
+  except OSError as error:
+    return (
+      None,
+      [],
+      (f"{' '.join(told)} It cannot be moved aside: {error.strerror}."),
+    )
+  return newest, told, None
+
+
+def _free_name(directory: epath.Path, step: int) -> epath.Path:
+  path, number = directory / f"damaged-{step}", 1
+  while path.exists():
+    number += 1
+    path = directory / f"damaged-{step}-{number}"
+  return path
+
+
+def _of_first_process(value: Any) -> Any:
+  """What JSON can hold, as it is on the first process."""
+  if jax.process_count() == 1:
+    return value
+  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+  first = jax.process_index() == 0
+  data = data if first else np.zeros(size, np.uint8)
+  return json.loads(multihost_utils.broadcast_one_to_all(data).tobytes())
+
+
+def quiet() -> None:
+  """Keeps Orbax from printing the failures that `Checkpoints` raises.
+
+  A failed write is otherwise told a hundred times over: in Orbax's logs, by
+  asyncio, and by TensorStore for every write that was still under way, whose
+  event loop is gone.
+  """
+  absl.logging.set_verbosity(absl.logging.FATAL)
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+  others = sys.unraisablehook
+
+  def report(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+      others(unraisable)
+
+  sys.unraisablehook = report
+
+
+def is_write_error(error: BaseException) -> bool:
+  """Whether `error` is the storage's: of the OS, or a TensorStore status."""
+  if isinstance(error, OSError):
+    return True
+  # TensorStore raises ValueError("RESOURCE_EXHAUSTED: Error writing ...").
+  return isinstance(error, ValueError) and bool(
+    re.match(r"[A-Z_]{6,}: ", str(error))
+  )
+
+
+def _reason(error: BaseException) -> str:
+  """The operating system's words, of a TensorStore status too if it has any."""
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  words = re.search(r": ([^:]+) \[os_error_code=", str(error))
+  return words[1] if words else str(error)
+
+
+def _options(
+  cfg: CheckpointConfig | None, before_commit: Callable[[], None]
+) -> ocp.CheckpointManagerOptions:
+  if cfg is None:
+    # Not `read_only`, of which Orbax warns; `save` refuses instead. Reading
+    # metrics here would fail where those of a step are damaged.
+    return ocp.CheckpointManagerOptions(
+      create=False, save_root_metadata=False, lightweight_initialize=True
+    )
+  managers = ocp.checkpoint_managers
+  keep = [
+    managers.LatestN(cfg.keep_latest),
+    managers.BestN(get_metric_fn=_loss, reverse=True, n=cfg.keep_best),
+  ]
+  if cfg.keep_every is not None:
+    keep.append(managers.EveryNSteps(cfg.keep_every))
+  if cfg.keep_minutes is not None:
+    keep.append(managers.EveryNSeconds(60 * cfg.keep_minutes))
+  return ocp.CheckpointManagerOptions(
+    best_fn=_loss,
+    best_mode="min",
+    preservation_policy=managers.AnyPreservationPolicy(keep),
+    cleanup_tmp_directories=True,
+    async_options=ocp.AsyncOptions(post_finalization_callback=before_commit),
+  )
+
+
+def _loss(metrics: Mapping[str, float]) -> float:
+  """The held-out loss to rank by: without one, or with NaN, the worst."""
+  loss = metrics.get(EVAL_LOSS, math.inf)
+  return math.inf if math.isnan(loss) else loss
+
+
+def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _differences(
+  stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+  found = []
+  for path in sorted(stored.keys() | wanted.keys()):
+    if path not in stored:
+      found.append(f"{path} is missing")
+    elif path not in wanted:
+      found.append(f"{path} is not part of this model")
+    elif stored[path] != wanted[path]:
+      found.append(f"{path} is {stored[path]}, not {wanted[path]}")
+  return found

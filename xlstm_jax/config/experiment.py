@@ -1,0 +1,145 @@
+"""Experiment files and the command line."""
+
+import dataclasses
+import importlib.util
+import re
+import traceback
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from xlstm_jax.config import conversion
+from xlstm_jax.config.run import RunConfig
+from xlstm_jax.errors import UserError, shown
+
+
+def from_experiment(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+  """The configuration of an experiment file with command-line overrides.
+
+  Args:
+    path: FILE.py, or FILE.py:TEXT to call `get_config(TEXT)`.
+    overrides: such as "--config.optim.peak_lr=1e-3".
+
+  Raises:
+    UserError: there is no such file, it has no `get_config`, or it or an
+      override names an unknown key or a value of a wrong type.
+  """
+  values = _load_experiment(path)
+  for key, arguments in _grouped(overrides).items():
+    _override(values, key, arguments)
+  return conversion.from_config_dict(values)
+
+
+def _load_experiment(path: str) -> ConfigDict:
+  file, *argument = path.split(":", 1)
+  if not Path(file).is_file():
+    raise UserError(
+      f"There is no experiment file {file!r}; give --config=FILE.py, for "
+      "example --config=experiments/quickstart.py."
+    )
+  spec = importlib.util.spec_from_file_location("experiment", file)
+  if spec is None or spec.loader is None:
+    raise UserError(f"The experiment file {file!r} must end in .py.")
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+      raise UserError(
+        f"{file} has no get_config(); an experiment defines a function of this "
+        "name that returns its configuration."
+      )
+    values = module.get_config(*argument)
+  except SyntaxError as error:
+    raise UserError(f"{file}, line {error.lineno}: {error.msg}.") from error
+  except (AttributeError, KeyError, TypeError) as error:
+    # What a locked, typed ConfigDict raises for a wrong name or type.
+    raise UserError(
+      f"{_line_of(error, file)}: {_sentence_of(error)}"
+    ) from error
+  if not isinstance(values, ConfigDict):
+    raise UserError(
+      f"get_config() of {file} returned {type(values).__name__}, not the "
+      "ConfigDict that config.to_config_dict makes; is a return missing?"
+    )
+  values.lock()
+  return values
+
+
+def _line_of(error: BaseException, file: str) -> str:
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [frame.lineno for frame in frames if frame.filename == file]
+  return f"{file}, line {lines[-1]}" if lines else file
+
+
+def _sentence_of(error: BaseException) -> str:
+  """What a ConfigDict complains of, without its dump of the whole section."""
+  text = str(error.args[0]) if error.args else repr(error)
+  unknown = re.search(r'Key "(.*?)" does not exist', text)
+  if unknown is None:
+    return text.splitlines()[0]
+  nearest = re.search(r'Did you mean "(.*?)" instead', text)
+  hint = f"; the nearest is {nearest[1]!r}" if nearest else ""
+  return f"there is no key {unknown[1]!r} in this section{hint}."
+
+
+def _grouped(overrides: Sequence[str]) -> dict[str, list[str]]:
+  """The arguments of every overridden key, each as one `--config.KEY=...`."""
+  grouped: dict[str, list[str]] = {}
+  waiting = list(overrides)
+  while waiting:
+    argument = waiting.pop(0)
+    match = re.fullmatch(r"--?(no)?config\.([^=]+)(=.*)?", argument, re.DOTALL)
+    if match is None:
+      raise UserError(
+        f"The argument {shown(argument)} is not understood; overrides look "
+        "like --config.optim.peak_lr=1e-3, and --help shows the flags."
+      )
+    negated, key, value = match.groups()
+    if value is None and not negated and waiting and waiting[0][:1] != "-":
+      argument += f"={waiting.pop(0)}"
+    grouped.setdefault(key, []).append(argument)
+  return grouped
+
+
+def _override(values: ConfigDict, key: str, arguments: list[str]) -> None:
+  """Sets one key from its command-line arguments."""
+  hint = _hint_of(key)
+  value = arguments[-1].partition("=")[2]
+  if conversion.is_optional(hint) and value.lower() == "none":
+    values.update_from_flattened_dict({key: None})
+    return
+  registry = flags.FlagValues()
+  argv = ["train", *arguments]
+  try:
+    config_flags.DEFINE_config_dict(
+      "config", values, flag_values=registry, sys_argv=argv
+    )
+    registry(argv)
+  except flags.Error as error:
+    kind = (
+      conversion.without_none(hint) if conversion.is_optional(hint) else hint
+    )
+    raise UserError(
+      f"config.{key} is {shown(value)}; it must be {conversion.describe(kind)}."
+    ) from error
+
+
+def _hint_of(key: str) -> Any:
+  """The type of a dotted key."""
+  hint: Any = RunConfig
+  for name in key.split("."):
+    if not dataclasses.is_dataclass(hint) or name not in conversion.hints(
+      typing.cast(type, hint)
+    ):
+      raise conversion.unknown_key(key)
+    hint = conversion.hints(typing.cast(type, hint))[name]
+  if dataclasses.is_dataclass(hint):
+    first = next(conversion.keys(typing.cast(type, hint), f"{key}."))
+    raise UserError(
+      f"config.{key} is a section; set its keys, such as --config.{first}=..."
+    )
+  return hint

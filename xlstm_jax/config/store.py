@@ -1,0 +1,48 @@
+"""The configuration in a workdir."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from xlstm_jax.config import conversion
+from xlstm_jax.config.run import RunConfig
+from xlstm_jax.data import format as files
+from xlstm_jax.errors import UserError
+
+CONFIG_FILE = "config.json"
+
+
+def save(workdir: epath.PathLike, cfg: RunConfig) -> None:
+  """Writes the resolved configuration; a reader sees the old or the new."""
+  path = epath.Path(workdir) / CONFIG_FILE
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.parent / f".{CONFIG_FILE}.tmp"
+  temporary.write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+  temporary.replace(path)
+
+
+def load(workdir: epath.PathLike) -> RunConfig:
+  """The configuration of the run in a workdir.
+
+  Raises:
+    UserError: there is none, or it is damaged.
+  """
+  path = epath.Path(workdir) / CONFIG_FILE
+  if not path.exists():
+    raise UserError(
+      f"{workdir} is no workdir of a run: it has no {CONFIG_FILE}."
+    )
+  values = files.parse_json(path.read_bytes(), Path(path))
+  return conversion.from_mapping(RunConfig, values)
+
+
+def changes(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+  """The keys whose values differ, with both values."""
+  return {
+    key: (conversion.value_of(old, key), conversion.value_of(new, key))
+    for key in conversion.keys(RunConfig)
+    if conversion.value_of(old, key) != conversion.value_of(new, key)
+  }
