@@ -1,0 +1,1 @@
+"""Checkpoints of other implementations, read and written as safetensors."""

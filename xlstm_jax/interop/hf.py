@@ -1,0 +1,243 @@
+"""Reads and writes Hugging Face `xLSTMForCausalLM` checkpoint folders.
+
+python -m xlstm_jax.interop.hf import --input=HF_DIR --workdir=DIR
+python -m xlstm_jax.interop.hf export --workdir=DIR --output=HF_DIR
+"""
+
+import argparse
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from xlstm_jax import config
+from xlstm_jax.errors import UserError, exit_code
+from xlstm_jax.interop import large, tensor_files, workdir
+from xlstm_jax.interop.names import Format, NameMap
+from xlstm_jax.interop.tensor_files import StoredTensor
+from xlstm_jax.models.config import ModelConfig
+from xlstm_jax.models.language_model import Definition, Params
+
+CONFIG = "config.json"
+_DTYPES = {
+  "float32": tensor_files.DTYPES["F32"],
+  "bfloat16": tensor_files.DTYPES["BF16"],
+}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def open_checkpoint(
+  folder: pathlib.Path,
+) -> tuple[ModelConfig, Format, dict[str, StoredTensor]]:
+  """The model, the format and the tensors of a checkpoint folder.
+
+  Raises:
+    UserError: it is none, or its model is not one of ours.
+  """
+  content = tensor_files.read_json(folder / CONFIG)
+  cfg = large.model_config(content)
+  stored = tensor_files.open_folder(folder)
+  form = large.tensor_format(
+    embedding=large.embedding_name(stored),
+    weight_mode=large.weight_mode(content),
+  )
+  return cfg, form, stored
+
+
+def import_folder(source: pathlib.Path, target: pathlib.Path) -> ModelConfig:
+  """Makes the workdir `target` of the checkpoint folder `source`.
+
+  Raises:
+    UserError: `source` is damaged or not of our kind, or `target` is in use.
+  """
+  cfg, form, stored = open_checkpoint(source)
+  content = tensor_files.read_json(source / CONFIG)
+  workdir.create(
+    target,
+    source,
+    cfg,
+    form,
+    stored,
+    end_of_text=large.end_of_text(content),
+  )
+  return cfg
+
+
+def export_folder(
+  source: pathlib.Path,
+  target: pathlib.Path,
+  *,
+  step: int | None = None,
+  dtype: str = "float32",
+  weight_mode: large.WeightMode = "single",
+  max_shard_bytes: int = 5 * 10**9,
+) -> None:
+  """Writes the model of the workdir `source` as the checkpoint `target`.
+
+  Raises:
+    UserError: the format cannot express the model, or `target` is in use.
+  """
+  workdir.require_empty(target)
+  run = config.load(source)
+  content = large.hugging_face_config(
+    run.model, weight_mode=weight_mode, dtype=dtype
+  )
+  params = workdir.restore(source, run, step)
+  tokenizer = workdir.read_tokenizer(source)
+  end_of_text = None if tokenizer is None else tokenizer.end_of_text
+  content |= {
+    "bos_token_id": end_of_text,
+    "eos_token_id": end_of_text,
+    "pad_token_id": end_of_text,
+  }
+  target.mkdir(parents=True, exist_ok=True)
+  write_tensors(
+    target,
+    run.model,
+    params,
+    dtype=_DTYPES[dtype],
+    weight_mode=weight_mode,
+    max_shard_bytes=max_shard_bytes,
+  )
+  if tokenizer is not None:
+    tokenizer.save(target)
+  tensor_files.write_json(target / CONFIG, content)
+
+
+def write_tensors(
+  target: pathlib.Path,
+  cfg: ModelConfig,
+  params: Params,
+  *,
+  dtype: np.dtype,
+  weight_mode: large.WeightMode,
+  max_shard_bytes: int,
+) -> None:
+  """Writes a model's parameters as files, one tensor in memory at a time.
+
+  Args:
+    target: an existing folder.
+    cfg: a model that the format can express.
+    params: its parameters.
+    dtype: of the stored tensors.
+    weight_mode: whether joint projections are one tensor.
+    max_shard_bytes: see `tensor_files.write_folder`.
+  """
+  form = large.tensor_format(weight_mode=weight_mode)
+  tied = cfg.tie_embeddings
+  names = NameMap(form, cfg, Definition(cfg).abstract())
+  specs = names.specs(dtype)
+  if tied:
+    specs[large.HEAD] = specs[large.EMBEDDING]
+
+  def value(name: str) -> np.ndarray:
+    stored_as = large.EMBEDDING if tied and name == large.HEAD else name
+    return names.value(params, stored_as).astype(dtype, copy=False)
+
+  tensor_files.write_folder(
+    target, specs, value, max_shard_bytes=max_shard_bytes
+  )
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+  """The command line."""
+  parser = argparse.ArgumentParser(
+    prog="python -m xlstm_jax.interop.hf",
+    description="Moves models from and to Hugging Face checkpoint folders "
+    "(xLSTMForCausalLM; import reads NX-AI's xlstm_large too).",
+  )
+  commands = parser.add_subparsers(dest="command", required=True)
+  add = commands.add_parser(
+    "import",
+    help="make a workdir of a checkpoint folder",
+    description="Reads config.json and model.safetensors (or its shards and "
+    "index) and writes a workdir for evaluate, generate and init_from. "
+    "The tokenizer is taken along.",
+  )
+  add.add_argument(
+    "--input", type=pathlib.Path, required=True, help="the checkpoint folder"
+  )
+  add.add_argument(
+    "--workdir",
+    type=pathlib.Path,
+    required=True,
+    help="a new or empty folder for the workdir",
+  )
+  add = commands.add_parser(
+    "export",
+    help="make a checkpoint folder of a workdir",
+    description="Writes config.json, the parameters as safetensors, and the "
+    "workdir's tokenizer.",
+  )
+  add.add_argument(
+    "--workdir", type=pathlib.Path, required=True, help="of a run"
+  )
+  add.add_argument(
+    "--output",
+    type=pathlib.Path,
+    required=True,
+    help="a new or empty folder for the checkpoint",
+  )
+  add.add_argument(
+    "--step", type=int, help="of the checkpoint; the latest by default"
+  )
+  add.add_argument(
+    "--dtype",
+    choices=list(_DTYPES),
+    default="float32",
+    help="of the stored tensors (default: %(default)s)",
+  )
+  add.add_argument(
+    "--weight-mode",
+    choices=["single", "fused"],
+    default="single",
+    help="store joint projections apart or stacked (default: %(default)s)",
+  )
+  add.add_argument(
+    "--max-shard-size",
+    default="5GB",
+    help="of a file, such as 500MB (default: %(default)s)",
+  )
+  return parser.parse_args(argv)
+
+
+def parse_size(text: str) -> int:
+  """Bytes of a size such as "5GB" or "1000".
+
+  Raises:
+    UserError: it is none.
+  """
+  match = re.fullmatch(r"(\d+)(KB|MB|GB|)", text.upper())
+  if not match or int(match[1]) == 0:
+    raise UserError(
+      f"{text!r} is no size; write bytes, or a number with KB, MB or GB."
+    )
+  return int(match[1]) * _UNITS[match[2]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """The command."""
+  args: Any = parse_arguments(argv)
+  if args.command == "import":
+    cfg = import_folder(args.input, args.workdir)
+    print(
+      f"Imported a model of {cfg.num_blocks} blocks and width {cfg.width} into "
+      f"{args.workdir}."
+    )
+    return
+  export_folder(
+    args.workdir,
+    args.output,
+    step=args.step,
+    dtype=args.dtype,
+    weight_mode=args.weight_mode,
+    max_shard_bytes=parse_size(args.max_shard_size),
+  )
+  print(f"Exported {args.workdir} to {args.output}.")
+
+
+if __name__ == "__main__":
+  sys.exit(exit_code(main))

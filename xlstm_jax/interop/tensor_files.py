@@ -1,0 +1,318 @@
+"""safetensors files: read by memory map, written tensor by tensor.
+
+A file is eight bytes of header length, a JSON header that gives every tensor's
+dtype, shape and place, and the tensors' bytes. A checkpoint is a folder with
+one such file, or with several and an index that says which holds what.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from xlstm_jax.errors import UserError, shown
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+  "F64": np.dtype(np.float64),
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(jnp.bfloat16),
+}
+# The limit of the reference implementation.
+_MAX_HEADER = 100_000_000
+_MAX_AXES = 32
+_NAMES_SHOWN = 8
+_NAME_LENGTH = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """Shape and dtype of a tensor."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+  @property
+  def nbytes(self) -> int:
+    """Size on disk."""
+    return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+  """A tensor in a file; nothing is read until its values are used."""
+
+  path: pathlib.Path
+  offset: int
+  spec: Spec
+
+  def map(self) -> np.ndarray:
+    """The values as a read-only view of the file."""
+    data = np.memmap(self.path, np.uint8, "r")
+    data = data[self.offset : self.offset + self.spec.nbytes]
+    return data.view(self.spec.dtype).reshape(self.spec.shape)
+
+
+def open_file(path: pathlib.Path) -> dict[str, StoredTensor]:
+  """The tensors of one file by name.
+
+  Raises:
+    UserError: the file is missing, damaged, or holds a dtype that no
+      parameter has.
+  """
+  try:
+    if not path.is_file():
+      raise UserError(f"There is no file {path}.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+      length = int.from_bytes(file.read(8), "little")
+      if size < 8 or length > min(size - 8, _MAX_HEADER):
+        raise _damaged(path, "its first bytes do not give the header's length")
+      header = _parse(path, file.read(length))
+  except OSError as error:
+    raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+  start = 8 + length
+  tensors, end = {}, start
+  for name, entry in _in_order(path, header):
+    spec, (first, last) = _entry(path, name, entry)
+    if start + first != end or last - first != spec.nbytes:
+      raise _damaged(
+        path, f"the header places {shown(name)} at bytes {first} to {last}"
+      )
+    tensors[name] = StoredTensor(path, end, spec)
+    end += spec.nbytes
+  if end != size:
+    raise _damaged(path, f"it has {size} bytes, the header describes {end}")
+  return tensors
+
+
+def open_folder(folder: pathlib.Path) -> dict[str, StoredTensor]:
+  """All tensors of a checkpoint folder by name.
+
+  Raises:
+    UserError: there is no checkpoint, or a file, the index or what one says
+      of the other is wrong.
+  """
+  index = folder / INDEX
+  if not index.exists():
+    if not (folder / SINGLE).exists():
+      raise UserError(
+        f"{folder} holds neither {SINGLE} nor {INDEX}: it is no safetensors "
+        "checkpoint folder."
+      )
+    return open_file(folder / SINGLE)
+  weight_map = _weight_map(index)
+  tensors = {}
+  for name in sorted(set(weight_map.values())):
+    found = open_file(folder / name)
+    expected = {key for key, file in weight_map.items() if file == name}
+    if set(found) != expected:
+      raise UserError(
+        f"{folder / name} does not hold what {INDEX} says: the difference is "
+        f"{listing(set(found) ^ expected)}. Fetch the checkpoint again."
+      )
+    tensors |= found
+  return tensors
+
+
+def listing(names: set[str] | list[str]) -> str:
+  """The first few names, and how many more there are."""
+  first = [name[:_NAME_LENGTH] for name in sorted(names)[:_NAMES_SHOWN]]
+  more = len(names) - len(first)
+  return ", ".join(first) + (f" and {more} more" if more else "")
+
+
+def write_folder(
+  folder: pathlib.Path,
+  specs: Mapping[str, Spec],
+  values: Callable[[str], np.ndarray],
+  *,
+  max_shard_bytes: int,
+) -> None:
+  """Writes a checkpoint folder, holding one tensor at a time.
+
+  Args:
+    folder: exists.
+    specs: of all tensors, in the order in which they are written.
+    values: gives a tensor by name.
+    max_shard_bytes: of a file's tensors; one above it gets its own file.
+  """
+  shards = _shards(specs, max_shard_bytes)
+  if len(shards) == 1:
+    write_file(folder / SINGLE, specs, values)
+    return
+  weight_map = {}
+  for number, names in enumerate(shards, 1):
+    file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+    write_file(folder / file, {name: specs[name] for name in names}, values)
+    weight_map |= dict.fromkeys(names, file)
+  total = sum(spec.nbytes for spec in specs.values())
+  index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+  write_json(folder / INDEX, index)
+
+
+def write_file(
+  path: pathlib.Path,
+  specs: Mapping[str, Spec],
+  values: Callable[[str], np.ndarray],
+) -> None:
+  """Writes one file, holding one tensor at a time.
+
+  The file appears under its name once it is whole.
+  """
+  # Readers of the PyTorch world refuse a file that does not say "pt".
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  codes = {dtype: code for code, dtype in DTYPES.items()}
+  end = 0
+  for name, spec in specs.items():
+    header[name] = {
+      "dtype": codes[spec.dtype],
+      "shape": list(spec.shape),
+      "data_offsets": [end, end + spec.nbytes],
+    }
+    end += spec.nbytes
+  encoded = json.dumps(header, separators=(",", ":")).encode()
+  encoded += b" " * (-len(encoded) % 8)
+
+  def write(file):
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
+    for name, spec in specs.items():
+      value = np.asarray(values(name), spec.dtype)
+      if value.shape != spec.shape:
+        raise ValueError(f"{name} has shape {value.shape}, not {spec.shape}")
+      flat = np.ascontiguousarray(value).reshape(-1)
+      file.write(flat.view(np.uint8).data)
+
+  _write_whole(path, write)
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+  """Writes readable JSON; the file appears once it is whole."""
+  text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+  _write_whole(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a JSON object.
+
+  Raises:
+    UserError: there is none.
+  """
+  try:
+    if path.stat().st_size > _MAX_HEADER:
+      raise UserError(f"{path} has more than {_MAX_HEADER} bytes.")
+    text = path.read_text(encoding="utf-8")
+  except FileNotFoundError:
+    raise UserError(f"There is no file {path}.") from None
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"{path} cannot be read: {error}.") from None
+  try:
+    content = json.loads(text)
+  # Beside malformed JSON: nested too deeply, numbers of too many digits.
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"{path} is not JSON: {error}.") from None
+  if not isinstance(content, dict):
+    raise UserError(f"{path} holds no JSON object.")
+  return content
+
+
+def _write_whole(path: pathlib.Path, write: Callable[[Any], object]) -> None:
+  part = path.with_name(path.name + ".part")
+  try:
+    with part.open("wb") as file:
+      write(file)
+      file.flush()
+      os.fsync(file.fileno())
+  except OSError as error:
+    part.unlink(missing_ok=True)
+    raise UserError(f"{path} could not be written: {error}.") from None
+  part.rename(path)
+
+
+def _shards(specs: Mapping[str, Spec], limit: int) -> list[list[str]]:
+  shards, room = [], -1
+  for name, spec in specs.items():
+    if not shards or spec.nbytes > room:
+      shards.append([])
+      room = limit
+    shards[-1].append(name)
+    room -= spec.nbytes
+  return shards
+
+
+def _parse(path: pathlib.Path, encoded: bytes) -> dict[str, Any]:
+  def unique(pairs):
+    names = collections.Counter(name for name, _ in pairs)
+    for name, times in names.most_common(1):
+      if times > 1:
+        raise _damaged(path, f"its header names {shown(name)} twice")
+    return dict(pairs)
+
+  try:
+    header = json.loads(encoded, object_pairs_hook=unique)
+  except UserError:
+    raise
+  except (ValueError, RecursionError):
+    raise _damaged(path, "its header is not JSON") from None
+  if not isinstance(header, dict):
+    raise _damaged(path, "its header is not a JSON object")
+  return {k: v for k, v in header.items() if k != "__metadata__"}
+
+
+def _in_order(path: pathlib.Path, header: dict[str, Any]):
+  def first_byte(item):
+    match item[1]:
+      case {"data_offsets": [int(first), int(last)]}:
+        return first, last
+    raise _damaged(path, f"its header does not place {shown(item[0])}")
+
+  return sorted(header.items(), key=first_byte)
+
+
+def _entry(path: pathlib.Path, name: str, entry: dict[str, Any]):
+  shape, dtype = entry.get("shape"), entry.get("dtype")
+  if (
+    not isinstance(shape, list)
+    or not all(type(n) is int and n >= 0 for n in shape)
+    # More than an array can have, which an empty one does not show.
+    or len(shape) > _MAX_AXES
+    or math.prod(max(n, 1) for n in shape) >= 2**60
+  ):
+    raise _damaged(
+      path, f"its header gives {shown(name)} the shape {shown(shape)}"
+    )
+  if not isinstance(dtype, str) or dtype not in DTYPES:
+    raise UserError(
+      f"{name[:_NAME_LENGTH]} in {path} has dtype {shown(dtype)}; parameters "
+      f"are one of {', '.join(DTYPES)}."
+    )
+  return Spec(tuple(shape), DTYPES[dtype]), entry["data_offsets"]
+
+
+def _weight_map(index: pathlib.Path) -> dict[str, str]:
+  weight_map = read_json(index).get("weight_map")
+  if not isinstance(weight_map, dict) or not weight_map:
+    raise UserError(f"{index} has no weight_map: it is no index.")
+  for name, file in weight_map.items():
+    name_alone = isinstance(file, str) and pathlib.PurePath(file).name == file
+    if not name_alone or file == ".." or len(file) > _NAME_LENGTH:
+      raise UserError(
+        f"{index} places {shown(name)} in {shown(file)}; it may name files of "
+        "its own folder alone."
+      )
+  return weight_map
+
+
+def _damaged(path: pathlib.Path, what: str) -> UserError:
+  return UserError(
+    f"{path} is damaged or not a safetensors file: {what}. Fetch it again."
+  )

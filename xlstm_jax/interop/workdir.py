@@ -1,0 +1,120 @@
+"""Workdirs as this project's commands know them, from and to other formats."""
+
+import pathlib
+from typing import Any
+
+import jax
+
+from xlstm_jax import config, sharding
+from xlstm_jax.checkpoints import CheckpointConfig, Checkpoints
+from xlstm_jax.config import RunConfig
+from xlstm_jax.data import tokenizer as tokenizers
+from xlstm_jax.errors import UserError
+from xlstm_jax.interop.names import Format, NameMap
+from xlstm_jax.interop.tensor_files import StoredTensor
+from xlstm_jax.models.config import ModelConfig
+from xlstm_jax.models.language_model import Definition, Params
+from xlstm_jax.sharding import MeshConfig
+
+CHECKPOINTS = "checkpoints"
+# Parameters are split over all devices, so that the largest models fit.
+_MESH = MeshConfig(data=1, fsdp=-1)
+
+
+def create(
+  workdir: pathlib.Path,
+  source: pathlib.Path,
+  cfg: ModelConfig,
+  form: Format,
+  stored: dict[str, StoredTensor],
+  *,
+  end_of_text: int | None = None,
+) -> None:
+  """Writes a workdir with the parameters of a checkpoint as step 0.
+
+  Each tensor is read from the mapped file straight into a device's shard.
+
+  Args:
+    workdir: empty or missing.
+    source: the checkpoint's folder; its tokenizer is taken along.
+    cfg: the checkpoint's model.
+    form: its format.
+    stored: its tensors.
+    end_of_text: id of the token that ends a text; None for the tokenizer's
+      usual one.
+
+  Raises:
+    UserError: the checkpoint is not of this model, its tokenizer is unusable,
+      or `workdir` is in use.
+  """
+  require_empty(workdir)
+  run = RunConfig(model=cfg, mesh=_MESH)
+  definition = Definition(cfg, run.compute)
+  names = NameMap(form, cfg, definition.abstract())
+  names.check(stored)
+  tokenizer = read_tokenizer(source, end_of_text)
+  params = names.load(lambda name: stored[name].map(), _shardings(definition))
+  # Host copies of a 7B model's parameters would be 27 GB.
+  checkpoints = Checkpoints(
+    workdir / CHECKPOINTS, CheckpointConfig(), copies_gb=1
+  )
+  checkpoints.save(0, {"params": params})
+  checkpoints.close()
+  if tokenizer is not None:
+    tokenizer.save(workdir)
+  # Last: with it, the folder is a workdir.
+  config.save(workdir, run)
+
+
+def restore(
+  workdir: pathlib.Path, run: RunConfig, step: int | None = None
+) -> Params:
+  """The parameters of a run, of its latest step by default.
+
+  Raises:
+    UserError: there is no such step.
+  """
+  definition = Definition(run.model, run.compute)
+  checkpoints = Checkpoints(workdir / CHECKPOINTS)
+  step = checkpoints.latest() if step is None else step
+  if step is None:
+    raise UserError(f"{workdir} holds no checkpoint yet.")
+  abstract = jax.tree.map(
+    lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
+    definition.abstract(),
+    _shardings(definition),
+  )
+  params = checkpoints.restore(step, {"params": abstract})["params"]
+  checkpoints.close()
+  return params
+
+
+def require_empty(folder: pathlib.Path) -> None:
+  """Refuses to write into a folder that holds something.
+
+  Raises:
+    UserError: it does, or is no folder.
+  """
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise UserError(f"{folder} is not empty; name a new or an empty folder.")
+
+
+def read_tokenizer(
+  folder: pathlib.Path, end_of_text: int | None = None
+) -> tokenizers.Tokenizer | None:
+  """The tokenizer in a folder of either kind, if there is one.
+
+  Raises:
+    UserError: it is damaged, or does not know how a text ends.
+  """
+  if (folder / tokenizers.SPEC_FILE).exists():
+    return tokenizers.load(folder)
+  path = folder / tokenizers.HUGGING_FACE_FILE
+  if not path.exists():
+    return None
+  return tokenizers.HuggingFaceTokenizer(path.read_bytes(), path, end_of_text)
+
+
+def _shardings(definition: Definition) -> Any:
+  mesh = sharding.make_mesh(_MESH)
+  return sharding.shardings(mesh, definition.axes(), definition.abstract())
