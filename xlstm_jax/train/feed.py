@@ -1,0 +1,132 @@
+"""Batches of the pipeline on the mesh, of which every process reads a part."""
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from xlstm_jax import sharding
+from xlstm_jax.data import pipeline
+from xlstm_jax.errors import UserError
+from xlstm_jax.train import rollbacks as decisions
+from xlstm_jax.train.rollbacks import Rollback
+from xlstm_jax.train.run import Run
+from xlstm_jax.train.step import Batch
+
+
+class Feed:
+  """Global batches in order, without those that rollbacks leave out.
+
+  A thread waits for the data, so that a wait can be given up.
+
+  Args:
+    run: whose data.
+    position: number of the first batch.
+    rollbacks: of the run.
+  """
+
+  def __init__(self, run: Run, position: int, rollbacks: Sequence[Rollback]):
+    self._where = sharding.batch_sharding(run.mesh)
+    self._shape = (run.cfg.batch_size, run.cfg.data.context)
+    index, count = share(self._where, self._shape)
+    self._first = index * (run.cfg.batch_size // count)
+    self._batches = _numbered(run, position, rollbacks, index, count)
+    self._ready = queue.Queue(maxsize=1)
+    self._closed = threading.Event()
+    self._thread = threading.Thread(target=self._read, daemon=True)
+    self._thread.start()
+
+  def next(self, *, unless: Callable[[], bool]) -> tuple[int, Batch] | None:
+    """The next batch and its number, or None if `unless` comes true first.
+
+    Raises:
+      UserError: the data cannot be read.
+    """
+    while True:
+      try:
+        item = self._ready.get(timeout=0.1)
+      except queue.Empty:
+        if unless():
+          return None
+        continue
+      if isinstance(item, BaseException):
+        raise item
+      position, batch = item
+      return position, {name: self._place(x) for name, x in batch.items()}
+
+  def close(self) -> None:
+    """Ends the thread, unless it waits for data that do not come."""
+    self._closed.set()
+    self._thread.join(timeout=1)
+
+  def _read(self) -> None:
+    try:
+      for item in self._batches:
+        if not self._hand_over(item):
+          return
+    except BaseException as error:
+      # Raised again in `next`.
+      self._hand_over(error)
+
+  def _hand_over(self, item) -> bool:
+    while not self._closed.is_set():
+      try:
+        self._ready.put(item, timeout=0.1)
+      except queue.Full:
+        continue
+      return True
+    return False
+
+  def _place(self, rows_BT: np.ndarray) -> jax.Array:
+    def part(at):
+      rows = range(self._shape[0])[at[0]]
+      return rows_BT[rows.start - self._first : rows.stop - self._first, at[1]]
+
+    return jax.make_array_from_callback(self._shape, self._where, part)
+
+
+def _numbered(
+  run: Run,
+  position: int,
+  rollbacks: Sequence[Rollback],
+  index: int,
+  count: int,
+) -> Iterator[tuple[int, pipeline.Batch]]:
+  size = run.cfg.batch_size
+  while True:
+    position = decisions.following(rollbacks, position, batch_size=size)
+    batches = pipeline.batches(
+      run.cfg.data,
+      batch_size=size,
+      position=position,
+      process_index=index,
+      process_count=count,
+    )
+    for number, batch in zip(itertools.count(position), batches):
+      position = number
+      if decisions.following(rollbacks, number, batch_size=size) != number:
+        break
+      yield number, batch
+
+
+def share(where: jax.NamedSharding, shape: tuple[int, int]) -> tuple[int, int]:
+  """Which of how many equal parts of the rows this process needs.
+
+  Processes whose devices split heads or time read the same rows.
+
+  Raises:
+    UserError: its devices hold rows that are not one such part.
+  """
+  held = where.addressable_devices_indices_map(shape).values()
+  rows = {row for at in held if at for row in range(shape[0])[at[0]]}
+  first, size = min(rows), len(rows)
+  if max(rows) - first + 1 != size or first % size or shape[0] % size:
+    raise UserError(
+      f"The devices of process {jax.process_index()} hold rows of a batch that "
+      f"are no contiguous part of it: {sorted(rows)[:8]}...; choose mesh sizes "
+      "of which data x fsdp is a multiple of the number of processes."
+    )
+  return first // size, shape[0] // size

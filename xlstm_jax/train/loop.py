@@ -1,0 +1,255 @@
+"""The training loop, from the command to the last checkpoint."""
+
+import contextlib
+from typing import Any
+
+import jax
+from etils import epath
+
+from xlstm_jax import config, metrics, sharding
+from xlstm_jax.checkpoints import EVAL_LOSS, Checkpoints, SaveTimer
+from xlstm_jax.config import RunConfig
+from xlstm_jax.data import format as files
+from xlstm_jax.errors import UserError
+from xlstm_jax.models.language_model import Definition
+from xlstm_jax.train import (
+  accounting,
+  heldout,
+  kernels,
+  lock,
+  report,
+  resume,
+  rollbacks,
+)
+from xlstm_jax.train import state as states
+from xlstm_jax.train import step as steps
+from xlstm_jax.train import workdir as folder
+from xlstm_jax.train.feed import Feed
+from xlstm_jax.train.interrupt import Interrupt, Stopped
+from xlstm_jax.train.peers import Peers
+from xlstm_jax.train.profile import Profile
+from xlstm_jax.train.resume import Progress
+from xlstm_jax.train.run import Run, say
+from xlstm_jax.train.status import Status
+from xlstm_jax.train.watchdog import Watchdog
+
+
+def train(
+  cfg: RunConfig, workdir: epath.PathLike, stopped: Interrupt | None = None
+) -> Status:
+  """Trains in `workdir`, from its newest checkpoint if it has one.
+
+  Args:
+    cfg: the configuration.
+    workdir: the folder of the run.
+    stopped: tells when a signal asks the run to stop; None for never.
+
+  Returns:
+    How it ended: all steps are done, a signal ended it early and it was saved,
+    or it went wrong too often.
+
+  Raises:
+    UserError: the configuration, the data or the workdir do not fit, or a
+      checkpoint could not be written.
+    Missing: a process was not there to go back together.
+  """
+  stopped = stopped or Interrupt()
+  clock = metrics.Clock(accounting.START)
+  workdir = epath.Path(workdir).expanduser()
+  manifests = [files.read_manifest(path) for path in cfg.data.paths]
+  if not manifests:
+    raise UserError(
+      "config.data.paths is empty; name the folders that prepare wrote, such "
+      "as --config.data.paths=data/corpus."
+    )
+  config.validate(cfg, manifests[0], jax.device_count())
+  folder.create(workdir)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(lock.held(workdir))
+    checkpoints = Checkpoints(workdir / "checkpoints", cfg.checkpoint)
+    stack.enter_context(contextlib.closing(checkpoints))
+    run = Run(
+      cfg,
+      workdir,
+      Definition(cfg.model, cfg.compute),
+      sharding.make_mesh(cfg.mesh),
+      manifests,
+      heldout.opened(cfg),
+      checkpoints,
+    )
+    for sentence in checkpoints.set_aside:
+      say(f"damaged   {sentence}")
+    resume.check_same_run(run)
+    if resume.is_finished(run):
+      done = checkpoints.latest()
+      say(f"The run in {workdir} is finished: {done} of {cfg.steps} steps.")
+      return Status.DONE
+    folder.describe(run)
+    _use_compilation_cache(cfg.compilation_cache)
+    report.describe(run)
+    for guard in _guards(run, clock, stopped):
+      stack.enter_context(contextlib.closing(guard))
+    kernels.check(run)
+    goodput = accounting.Goodput(workdir, clock)
+    train_step = steps.compiled(run.definition, cfg, run.mesh)
+    stack.enter_context(jax.set_mesh(run.mesh))
+    while (end := _train(run, train_step, stopped, clock, goodput)) is None:
+      pass
+    return end
+
+
+def _use_compilation_cache(folder: str | None) -> None:
+  if folder is not None:
+    path = epath.Path(folder).expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(path))
+
+
+def _guards(run: Run, clock: metrics.Clock, stopped: Interrupt) -> list[Any]:
+  """The threads that end this process where the loop itself cannot."""
+  limits = run.cfg.limits
+  stopped.grace = limits.grace_seconds
+  stopped.doing = lambda: clock.activity
+  others = []
+  if jax.process_count() > 1:
+    others = [
+      Peers(
+        passed=lambda: stopped.passed,
+        doing=lambda: clock.activity,
+        heard=stopped.note,
+      )
+    ]
+  stopped.connect(others[0].agree if others else None)
+  seconds = {
+    accounting.START: limits.start_seconds,
+    accounting.COMPILE: limits.start_seconds,
+    accounting.STEP: limits.step_seconds,
+    accounting.DATA: limits.step_seconds,
+    accounting.EVAL: limits.eval_seconds,
+    accounting.SAVE: limits.save_seconds,
+  }
+  behind = others[0].behind if others else lambda: "there are no others"
+  return [*others, Watchdog(clock, seconds, run.workdir, behind=behind)]
+
+
+def _train(
+  run: Run,
+  train_step: Any,
+  stopped: Interrupt,
+  clock: metrics.Clock,
+  goodput: accounting.Goodput,
+) -> Status | None:
+  """Trains from the newest checkpoint on; None if it has to go back there."""
+  cfg = run.cfg
+  clock.now(accounting.START)
+  at = resume.start(run)
+  goodput.back_to(at.step)
+  goodput.write(at.step)
+  begun = at.step
+  with contextlib.ExitStack() as stack:
+    owed = EVAL_LOSS if at.owes_evaluation else None
+    log = metrics.Log(run.workdir, step=at.step, without=owed)
+    stack.enter_context(contextlib.closing(log))
+    profile = Profile(cfg.profile, run.workdir / "profile")
+    stack.enter_context(contextlib.closing(profile))
+    feed = Feed(run, at.position, rollbacks.read(run.workdir))
+    stack.enter_context(contextlib.closing(feed))
+    reports = report.Report(cfg, log, clock, at.health, step=at.step)
+    timer = SaveTimer(cfg.save_minutes)
+    # Of the last step made, if it was evaluated.
+    scores: dict[str, float] = {}
+    interrupted = False
+    clock.now(accounting.STEP)
+    try:
+      if at.owes_evaluation:
+        scores = _evaluate(run, at, stopped, clock, reports)
+      while at.step < cfg.steps:
+        profile.before(at.step + 1)
+        with clock.spent_on(accounting.DATA):
+          item = feed.next(unless=stopped.is_ahead)
+        stopped.check()
+        assert item is not None, "no batch, yet the next border can be passed"
+        number, batch = item
+        if number != at.position:
+          at.state = states.at_position(at.state, number, mesh=run.mesh)
+        new = at.step == begun
+        with clock.spent_on(accounting.COMPILE if new else accounting.STEP):
+          at.state, measured = train_step(at.state, batch)
+        at.step, at.position, scores = at.step + 1, number + 1, {}
+        reports.later(at.step, at.position, measured)
+        profile.after(at.step, measured)
+        evaluating = _due(at.step, cfg.eval_every, cfg)
+        failure = run.checkpoints.failure()
+        if failure is not None:
+          say(f"save      failed ({failure}); once more at step {at.step}")
+        late = at.step % cfg.log_every == 0 and timer.due()
+        saving = late or failure or _due(at.step, cfg.save_every, cfg)
+        if evaluating or saving:
+          # Records come before their checkpoint, so that none is lost to a
+          # kill, and so do their findings, so that only good ones are saved.
+          reports.now()
+        if reports.finding is not None:
+          break
+        if evaluating:
+          scores = _evaluate(run, at, stopped, clock, reports)
+        if saving:
+          _save(run, at, scores, clock, goodput)
+          timer.saved()
+    except Stopped:
+      interrupted = True
+      reports.now()
+    if reports.finding is not None:
+      end = rollbacks.go_back(run, reports.finding, reports.position)
+      goodput.give_up()
+      return Status.PREEMPTED if interrupted and end is None else end
+    if interrupted and at.step == begun:
+      say("stopped   before the first step; run again to continue")
+      return Status.PREEMPTED
+    if interrupted and run.checkpoints.latest() != at.step:
+      _save(run, at, scores, clock, goodput)
+    with clock.spent_on(accounting.SAVE):
+      while failure := run.checkpoints.failure(wait=True):
+        say(f"save      failed ({failure}); once more")
+        _save(run, at, scores, clock, goodput)
+    goodput.write(at.step)
+    reports.goodput(at.step, goodput)
+  if interrupted:
+    say(f"stopped   step {at.step}, saved; run again to continue")
+    return Status.PREEMPTED
+  say(f"finished  step {cfg.steps}, saved in {run.workdir}")
+  return Status.DONE
+
+
+def _due(step: int, every: int | None, cfg: RunConfig) -> bool:
+  return every is not None and (step % every == 0 or step == cfg.steps)
+
+
+def _evaluate(
+  run: Run,
+  at: Progress,
+  stopped: Interrupt,
+  clock: metrics.Clock,
+  reports: report.Report,
+) -> dict[str, float]:
+  """Scores the held-out text; raises `Stopped` and owes it if interrupted."""
+  at.owes_evaluation = True
+  with clock.spent_on(accounting.EVAL):
+    scores = heldout.scores(run, at.state.params, before_batch=stopped.check)
+  reports.evaluated(at.step, scores)
+  at.owes_evaluation = False
+  return scores
+
+
+def _save(
+  run: Run,
+  at: Progress,
+  scores: dict[str, float],
+  clock: metrics.Clock,
+  goodput: accounting.Goodput,
+) -> None:
+  with clock.spent_on(accounting.SAVE):
+    goodput.write(at.step)
+    run.checkpoints.save(
+      at.step,
+      {**states.to_items(at.state), "progress": resume.to_json(run, at)},
+      {EVAL_LOSS: scores[EVAL_LOSS]} if scores else None,
+    )
