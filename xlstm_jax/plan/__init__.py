@@ -1,0 +1,1 @@
+"""The training step compiled for machines one does not have."""

@@ -1,0 +1,175 @@
+"""`python -m xlstm_jax.plan`: compiles a run's step for another machine."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+from xlstm_jax import config, metrics
+from xlstm_jax.errors import UserError, exit_code
+from xlstm_jax.plan import machines, program
+from xlstm_jax.plan.program import Plan
+
+DESCRIPTION = """\
+Compiles the very training step of an experiment for a machine that need not be
+there, and prints what it takes: memory by kind, FLOPs, communication.
+"""
+
+EPILOG = """\
+topologies:
+  v5e:16x16, v5p:8x8x8, v6e:8x8   TPU slices by their shape
+  h100:8, h200:64                 GPUs, 8 to a node
+
+Compiling for TPUs takes libtpu, for GPUs jax-cuda13-plugin; both are in
+  pip install -c constraints/newest.txt -e '.[plan]'
+On TPUs the cells run in their native form; no kernel is written for them yet.
+
+exit status:
+  0   the step fits
+  1   it does not
+  2   something in the configuration is wrong
+
+example:
+  python -m xlstm_jax.plan --config=experiments/xlstm_125m.py \\
+    --topology=v5e:4x4 --config.accumulation=16
+"""
+
+DOES_NOT_FIT = 1
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs the command and returns its exit status."""
+  parser = argparse.ArgumentParser(
+    prog="python -m xlstm_jax.plan",
+    usage="%(prog)s --config=FILE.py --topology=KIND:SIZE [--search]\n"
+    "    [--json=FILE] [--config.KEY=VALUE ...]",
+    description=DESCRIPTION,
+    epilog=EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument(
+    "--config",
+    required=True,
+    metavar="FILE.py",
+    help="experiment file; FILE.py:TEXT calls its get_config(TEXT)",
+  )
+  parser.add_argument(
+    "--topology",
+    required=True,
+    metavar="KIND:SIZE",
+    help="the machine to compile for, see below",
+  )
+  parser.add_argument(
+    "--search",
+    action="store_true",
+    help="find the largest batch that fits and what must be recomputed for it",
+  )
+  parser.add_argument(
+    "--json", type=Path, metavar="FILE", help="write the plan there as well"
+  )
+  options, overrides = parser.parse_known_args(argv)
+  # Tracing needs no accelerator: none is looked for.
+  jax.config.update("jax_platforms", "cpu")
+  cfg = config.from_experiment(options.config, overrides)
+  machine = machines.machine(options.topology)
+  if options.search:
+    found = _search(cfg, machine)
+  else:
+    found = program.plan(cfg, machine)
+  print(describe(found))
+  if options.json is not None:
+    _write(options.json, found)
+  return 0 if found.fits else DOES_NOT_FIT
+
+
+def _search(cfg: config.RunConfig, machine: machines.Machine) -> Plan:
+  """The best plan, or the last one tried where none fits."""
+  print("batch_size  remat     peak GiB  compile s")
+  best = last = None
+  for last in program.search(cfg, machine):
+    print(
+      f"{last.batch_size:10}  {last.remat:8}  "
+      f"{last.peak_bytes / 2**30:8.2f}  {last.compile_seconds:9.0f}"
+      f"{'' if last.fits else '  does not fit'}",
+      flush=True,
+    )
+    best = last if last.fits else best
+  assert last is not None
+  print()
+  return best or last
+
+
+def describe(found: Plan) -> str:
+  """The plan as a page of text."""
+  mesh = " ".join(f"{axis}={size}" for axis, size in found.mesh.items())
+  lines = [
+    f"machine      {found.devices} x {found.device_kind} ({found.topology})",
+    f"mesh         {mesh}",
+    f"model        {found.parameters:,} parameters",
+    f"batch        {found.batch_size} rows of {found.context} tokens in "
+    f"{found.accumulation} parts, remat {found.remat}",
+    f"mLSTM        {found.mlstm}",
+    f"FLOPs        {found.flops_per_token:.4g} a token, without recomputation"
+    + _at_peak(found),
+    f"compiled in  {metrics.duration(found.compile_seconds)}",
+    "",
+    "bytes of a device",
+  ]
+  for name, size in (
+    ("parameters", found.parameter_bytes),
+    ("optimizer", found.optimizer_bytes),
+    ("batch", found.batch_bytes),
+    ("temporaries", found.temporary_bytes),
+    ("program", found.program_bytes),
+    ("peak", found.peak_bytes),
+    ("available", found.memory),
+  ):
+    lines.append(f"  {name:12}{_mib(size)}")
+  lines += ["", _verdict(found)]
+  if found.collectives:
+    lines += ["", "communication of a step      times      MiB of a device"]
+    for kind, traffic in found.collectives.items():
+      lines.append(
+        f"  {kind:22}{traffic.times:10,}{traffic.bytes / 2**20:21,.1f}"
+      )
+  return "\n".join(lines)
+
+
+def _at_peak(found: Plan) -> str:
+  if found.seconds_at_peak is None:
+    return ""
+  return f"; a step takes {found.seconds_at_peak:.3g} s at the peak of all"
+
+
+def _mib(size: int | None) -> str:
+  return f"{'unknown':>14}" if size is None else f"{size / 2**20:10,.1f} MiB"
+
+
+def _verdict(found: Plan) -> str:
+  share = f"{found.peak_bytes / found.memory:.0%} of a device's memory"
+  if found.fits:
+    return f"It fits: {share}."
+  return (
+    f"IT DOES NOT FIT: {share}. Smaller parts (batch_size, accumulation), "
+    "recomputation (compute.remat) or more shares (mesh.fsdp) take less; "
+    "--search tries the first two."
+  )
+
+
+def _write(path: Path, found: Plan) -> None:
+  values = dataclasses.asdict(found) | {
+    "fits": found.fits,
+    "collectives": {k: t._asdict() for k, t in found.collectives.items()},
+  }
+  try:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+  except OSError as error:
+    raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+if __name__ == "__main__":
+  sys.exit(exit_code(main))

@@ -1,0 +1,147 @@
+"""Machines that can be compiled for without having them."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import Any
+
+from jax.experimental import topologies
+
+from xlstm_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+  """Devices that programs are compiled for.
+
+  Attributes:
+    name: as the user wrote it.
+    devices: descriptions; arrays cannot be put on them.
+    memory: bytes that a program may use on a device.
+  """
+
+  name: str
+  devices: list[Any]
+  memory: int
+
+
+# Bytes that libtpu leaves to a program: what it printed on refusing one that
+# was too large.
+_TPU_MEMORY = {
+  "v5e": int(15.75 * 2**30),
+  "v5p": int(95.73 * 2**30),
+  "v6e": int(31.24 * 2**30),
+}
+
+# Else libtpu waits for other processes that use it, asks the network what
+# machine this is, and complains that there is no answer.
+_LIBTPU = {
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+  "TPU_SKIP_MDS_QUERY": "true",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+  "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+_GPUS_PER_NODE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class _GPU:
+  """What tells one GPU of compute capability 9.0 from another."""
+
+  description: str
+  memory: int
+  bandwidth: int
+  clock_ghz: float
+
+
+# Memory and bandwidth as the maker states them, in bytes and bytes/s.
+_GPUS = {
+  "h100": _GPU("NVIDIA H100 80GB HBM3", 85_017_493_504, 3_350 * 10**9, 1.98),
+  "h200": _GPU("NVIDIA H200", 150_754_820_096, 4_800 * 10**9, 1.98),
+}
+_TARGET = """
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth}
+  l2_cache_size: 62914560
+  clock_rate_ghz: {clock_ghz}
+  device_memory_size: {memory}
+  cuda_compute_capability {{ major: 9 }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+runtime_version {{ major: 13 }}
+dnn_version_info {{ major: 9 minor: 12 }}
+platform_name: "CUDA"
+device_description_str: "{description}"
+"""
+
+
+def machine(topology: str) -> Machine:
+  """The machine of a name such as "v5e:16x16", "v5p:8x8x8" or "h200:64".
+
+  Raises:
+    UserError: there is no such machine, or what compiles for it is not
+      installed.
+  """
+  kind, _, size = topology.partition(":")
+  if kind in _TPU_MEMORY and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", size):
+    return _tpus(topology, kind)
+  if kind in _GPUS and re.fullmatch(r"[1-9]\d*", size):
+    return _gpus(topology, kind, int(size))
+  raise UserError(
+    f"The topology {topology!r} is not known; give chips of a TPU slice as "
+    f"{', '.join(_TPU_MEMORY)} with the slice's shape, such as v5e:16x16 or "
+    f"v5p:8x8x8, or a number of GPUs as {' or '.join(_GPUS)}, such as h200:64."
+  )
+
+
+def _tpus(topology: str, kind: str) -> Machine:
+  _require("libtpu", topology)
+  for name, value in _LIBTPU.items():
+    os.environ.setdefault(name, value)
+  try:
+    devices = topologies.get_topology_desc(
+      platform="tpu", topology_name=topology
+    ).devices
+  except (RuntimeError, ValueError) as error:
+    raise UserError(
+      f"There is no TPU slice {topology!r}: {str(error).splitlines()[0]}."
+    ) from error
+  return Machine(topology, devices, _TPU_MEMORY[kind])
+
+
+def _gpus(topology: str, kind: str, count: int) -> Machine:
+  _require("jax_cuda13_plugin", topology)
+  per_node = math.gcd(count, _GPUS_PER_NODE)
+  gpu = _GPUS[kind]
+  devices = topologies.get_topology_desc(
+    platform="cuda",
+    topology_name=kind,
+    target_config=_TARGET.format(**dataclasses.asdict(gpu)),
+    topology=f"1x{count // per_node}x{per_node}",
+  ).devices
+  return Machine(topology, devices, gpu.memory)
+
+
+def _require(module: str, topology: str) -> None:
+  if importlib.util.find_spec(module) is None:
+    raise UserError(
+      f"Compiling for {topology} needs the package "
+      f"{module.replace('_', '-')}, which is not installed: "
+      "pip install -c constraints/newest.txt -e '.[plan]'."
+    )

@@ -1,0 +1,201 @@
+"""The training step of a configuration on a described machine."""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from xlstm_jax import config, metrics, sharding
+from xlstm_jax.cells.mlstm.backends import choice
+from xlstm_jax.config import RunConfig
+from xlstm_jax.models import counts
+from xlstm_jax.models.language_model import Definition
+from xlstm_jax.plan.collectives import Traffic, collectives, traffic
+from xlstm_jax.plan.machines import Machine
+from xlstm_jax.train import state as states
+from xlstm_jax.train import step as steps
+
+# Policies of `Compute.remat`, from nothing recomputed to everything.
+REMAT = ("none", "matmuls", "block")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What compiling said. Bytes are those of one device.
+
+  Attributes:
+    topology: name of the machine.
+    device_kind: of its devices.
+    devices: how many.
+    mesh: devices along each axis.
+    batch_size: rows of a step.
+    context: tokens of a row.
+    accumulation: parts of a step.
+    remat: what the backward pass recomputes.
+    mlstm: the backend of the mLSTM cells.
+    parameters: of the model.
+    flops_per_token: of the model, forward and backward, without recomputation.
+    seconds_at_peak: of a step, if all devices did those FLOPs at their peak.
+    parameter_bytes: stored parameters.
+    optimizer_bytes: stored moments.
+    batch_bytes: input.
+    temporary_bytes: gradients, activations and whatever else lives only in
+      the step; None where the compiler gave up.
+    program_bytes: the code.
+    peak_bytes: all of it, as far as it lives at once.
+    memory: what a program may use.
+    collectives: by kind.
+    compile_seconds: taken to lower and compile, here.
+  """
+
+  topology: str
+  device_kind: str
+  devices: int
+  mesh: dict[str, int]
+  batch_size: int
+  context: int
+  accumulation: int
+  remat: str
+  mlstm: str
+  parameters: int
+  flops_per_token: float
+  seconds_at_peak: float | None
+  parameter_bytes: int
+  optimizer_bytes: int
+  batch_bytes: int
+  temporary_bytes: int | None
+  program_bytes: int | None
+  peak_bytes: int
+  memory: int
+  collectives: dict[str, Traffic]
+  compile_seconds: float
+
+  @property
+  def fits(self) -> bool:
+    """Whether a device has that much memory."""
+    return self.temporary_bytes is not None and self.peak_bytes <= self.memory
+
+
+def plan(cfg: RunConfig, machine: Machine) -> Plan:
+  """Compiles the step that `train` would run, for the machine.
+
+  Raises:
+    UserError: the configuration does not fit together, or not the machine.
+  """
+  config.validate(cfg, None, len(machine.devices))
+  definition = Definition(cfg.model, cfg.compute)
+  mesh = sharding.make_mesh(cfg.mesh, machine.devices)
+  state = states.abstract(definition, mesh)
+  batch = steps.abstract_batch(cfg, mesh)
+  tokens = cfg.batch_size * cfg.data.context
+  flops = counts.train_flops_per_token(cfg.model, cfg.data.context)
+  device_kind = machine.devices[0].device_kind
+  peak_flops = metrics.peak_flops(device_kind)
+  started = time.monotonic()
+  with jax.set_mesh(mesh):
+    lowered = steps.compiled(definition, cfg, mesh).lower(state, batch)
+    memory, communication = _compile(lowered)
+  return Plan(
+    topology=machine.name,
+    device_kind=device_kind,
+    devices=len(machine.devices),
+    mesh=dict(mesh.shape),
+    batch_size=cfg.batch_size,
+    context=cfg.data.context,
+    accumulation=cfg.accumulation,
+    remat=cfg.compute.remat,
+    mlstm=choice(cfg.compute.mlstm_backend, cfg.data.context),
+    parameters=counts.parameters(cfg.model),
+    flops_per_token=flops,
+    seconds_at_peak=(
+      None
+      if peak_flops is None
+      else flops * tokens / peak_flops / len(machine.devices)
+    ),
+    parameter_bytes=bytes_per_device(state.params),
+    optimizer_bytes=bytes_per_device(state.moments),
+    batch_bytes=bytes_per_device(batch),
+    memory=machine.memory,
+    collectives=communication,
+    temporary_bytes=memory.temporary,
+    program_bytes=memory.program,
+    peak_bytes=memory.peak,
+    compile_seconds=time.monotonic() - started,
+  )
+
+
+def bytes_per_device(tree: Any) -> int:
+  """Bytes that one device holds of a tree of arrays with shardings."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+class _Memory(NamedTuple):
+  """Fields of a `Plan` without their "_bytes"."""
+
+  temporary: int | None
+  program: int | None
+  peak: int
+
+
+def _compile(lowered: Any) -> tuple[_Memory, dict[str, Traffic]]:
+  """What the compiled step takes, and its collectives."""
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    needed = out_of_memory(str(error))
+    if needed is None:
+      raise
+    return _Memory(None, None, needed), {}
+  used = compiled.memory_analysis()
+  stored = used.argument_size_in_bytes + used.output_size_in_bytes
+  stored -= used.alias_size_in_bytes
+  temporary = used.temp_size_in_bytes
+  program = used.generated_code_size_in_bytes
+  memory = _Memory(temporary, program, stored + temporary + program)
+  return memory, traffic(collectives(compiled.as_text()))
+
+
+def out_of_memory(message: str) -> int | None:
+  """The bytes of which a compiler says that the device does not have them.
+
+  None if the message is of something else.
+  """
+  needed = re.search(r"Ran out of memory.*?\(?([\d.]+)([KMGT])\)?", message)
+  if needed is None:
+    return None
+  return int(float(needed[1]) * 1024 ** (1 + "KMGT".index(needed[2])))
+
+
+def search(cfg: RunConfig, machine: Machine) -> Iterator[Plan]:
+  """Compiles with larger and larger batches, recomputing as little as possible.
+
+  The batch begins with one row per share of the mesh and accumulation part,
+  and doubles until it does not fit; then the next policy recomputes more. The
+  last plan that fits has the largest batch, and of the policies under which it
+  fits the one that recomputes least.
+  """
+  sizes = dict(
+    zip(
+      sharding.AXES,
+      sharding.mesh_shape(cfg.mesh, len(machine.devices)),
+      strict=True,
+    )
+  )
+  rows = sizes["data"] * sizes["fsdp"] * cfg.accumulation
+  for remat in REMAT:
+    while True:
+      compute = dataclasses.replace(cfg.compute, remat=remat)
+      found = plan(
+        dataclasses.replace(cfg, compute=compute, batch_size=rows), machine
+      )
+      yield found
+      if not found.fits:
+        break
+      rows *= 2
