@@ -1,0 +1,49 @@
+"""Compiles the kernels' forward and backward pass for an H200 without one.
+
+A process compiles for one kind of GPU only, hence a program of its own.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from xlstm_jax.cells.documents import documents
+from xlstm_jax.cells.mlstm import pallas_gpu as backend
+from xlstm_jax.cells.mlstm.state import empty_state
+from xlstm_jax.plan import machines
+
+
+def main(key_dim: int, value_dim: int) -> None:
+  batch, time, heads = 2, 1024, 2
+  backend.device_refusal = lambda: None  # the device is only described
+
+  def loss(q, k, v, i, f):
+    state = empty_state(batch, heads, key_dim, value_dim, jnp.float32)
+    h, _ = backend.pallas_gpu(
+      q,
+      k,
+      v,
+      i,
+      f,
+      documents(None, state.segment_B, time),
+      state,
+      stabilize=True,
+      normalize=True,
+      eps=1e-6,
+    )
+    return jnp.sum(h.astype(jnp.float32) ** 2)
+
+  device = machines.machine("h200:1").devices[0]
+  sharding = jax.sharding.SingleDeviceSharding(device)
+
+  def array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  tokens = [array(batch, time, heads, d) for d in (key_dim, key_dim, value_dim)]
+  gates = [array(batch, time, heads, dtype=jnp.float32)] * 2
+  jax.jit(jax.grad(loss, (0, 1, 2, 3, 4))).lower(*tokens, *gates).compile()
+
+
+if __name__ == "__main__":
+  main(*map(int, sys.argv[1:]))

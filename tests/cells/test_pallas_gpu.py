@@ -1,0 +1,313 @@
+"""The Hopper kernels: their scales, their logic, and that they compile.
+
+CI has no GPU. What runs here is the arithmetic of the gates, the kernels'
+logic in interpret mode (ring buffers, barriers, copies, masks; products are
+plain arithmetic there) and, where the CUDA wheels are installed, the real
+compiler.
+"""
+
+import functools
+import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import mlstm_contract as contract
+import numpy as np
+import pytest
+
+from xlstm_jax.cells.bound import excess
+from xlstm_jax.cells.documents import documents
+from xlstm_jax.cells.mlstm import State, mlstm
+from xlstm_jax.cells.mlstm import pallas_gpu as backend
+from xlstm_jax.cells.mlstm.chunkwise import chunkwise
+from xlstm_jax.cells.mlstm.gates import log_gates
+from xlstm_jax.cells.mlstm.pallas_gpu_gates import last_stabilizer, scales
+from xlstm_jax.cells.mlstm.recurrent import recurrent
+from xlstm_jax.errors import UserError
+
+NAMES = ("h", "C", "n", "m", "dq", "dk", "dv", "di", "df", "dC", "dn", "dm")
+
+
+def prepared(gate: str, time: int, chunk: int):
+  """A case of the contract as the backends get it, padded to whole chunks."""
+  x = contract.case(gate, time)
+  state = State(*map(jnp.float32, x.state[:3]), jnp.asarray(contract.BEFORE))
+  x = x._replace(state=state)
+  doc = documents(jnp.asarray(x.segments_BT), state.segment_B, time)
+  i, f = log_gates(
+    jnp.float32(x.i_BTH), jnp.float32(x.f_BTH), doc.real_BT, input_gate="exp"
+  )
+  missing = [(0, 0), (0, -time % chunk)]
+  s = scales(
+    jnp.pad(i, [*missing, (0, 0)], constant_values=-jnp.inf),
+    jnp.pad(f, [*missing, (0, 0)]),
+    jnp.pad(doc.id_BT, missing, mode="edge"),
+    jnp.pad(doc.start_BT, missing),
+    state.m_BH,
+    state.segment_B,
+    chunk=chunk,
+    key_dim=x.q_BTHK.shape[-1],
+    stabilize=True,
+  )
+  return x, i, f, doc, s
+
+
+def by_scales(x, s, chunk: int, eps: float):
+  """h and the last C as the kernels compute them, in float64."""
+  time = x.q_BTHK.shape[1]
+  pad = functools.partial(
+    np.pad, pad_width=[(0, 0), (0, -time % chunk), (0, 0), (0, 0)]
+  )
+  q, k, v = (pad(y).swapaxes(1, 2) for y in (x.q_BTHK, x.k_BTHK, x.v_BTHV))
+  s = type(s)(*(np.asarray(y, np.float64) for y in s))
+  C, n = (np.float64(y) for y in x.state[:2])
+  h = []
+  place = np.arange(chunk)
+  for at in range(q.shape[2] // chunk):
+    span = np.s_[..., at * chunk : (at + 1) * chunk]
+    qc, kc, vc = (y[:, :, at * chunk : (at + 1) * chunk] for y in (q, k, v))
+    first = s.first_BT[span][:, None, :, None]
+    visible = (place <= place[:, None]) & (place >= first)
+    log_w = s.reader_BHT[span][..., None] + s.writer_BHT[span][..., None, :]
+    w = np.exp2(np.where(visible, log_w, -np.inf))
+    w = w * np.einsum("bhtk,bhsk->bhts", qc, kc)
+    past = s.past_BHT[span][..., None]
+    u = w.sum(-1) + past[..., 0] * np.einsum("bhtk,bhk->bht", qc, n)
+    y = w @ vc + past * (qc @ C)
+    gauge = s.gauge_BHT[span]
+    size = np.maximum(np.abs(u), np.exp(-gauge))
+    size = size + eps * np.exp(s.m_BHT[span] - gauge)
+    h.append(y / size[..., None])
+    wk = s.write_BHT[span][..., None] * kc
+    keep = s.keep_BHN[..., at, None]
+    C = keep[..., None] * C + wk.swapaxes(2, 3) @ vc
+    n = keep * n + wk.sum(2)
+  return np.concatenate(h, axis=2).swapaxes(1, 2)[:, :time], C
+
+
+# Differences of sums of log f inside a chunk cancel where gates forget by
+# thousands each, and exponents near 100 are rounded by 4e-6: 8.3e-3 and
+# 1.04e-3 as measured, for chunks of 16 tokens. docs/kernels.md has the gap.
+LOSS = {"i=100": 2e-3, "forget": 1e-2}
+
+
+@pytest.mark.parametrize("gate", contract.GATES)
+def test_scales_give_the_cell(gate):
+  time, chunk = 67, 16
+  x, i, f, doc, s = prepared(gate, time, chunk)
+  truth = contract.truth(gate, time)
+  h, C = by_scales(x, s, chunk, eps=1e-6)
+  h = np.where(np.asarray(doc.real_BT)[..., None, None], h, 0)
+  m = last_stabilizer(i, f, doc, x.state.m_BH, x.state.segment_B)
+  C = C * np.exp(np.float64(s.m_last_BH - m))[..., None, None]
+  for got, name in ((h, "h"), (C, "C"), (m, "m")):
+    error = np.linalg.norm(got - truth[name])
+    subnormal = 1000 * np.finfo(np.float32).tiny
+    bound = LOSS.get(gate, 1e-3) * np.linalg.norm(truth[name]) + subnormal
+    assert error <= bound, name
+
+
+def test_weights_never_overflow():
+  for gate in contract.GATES:
+    *_, s = prepared(gate, 67, 16)
+    for weight in (s.past_BHT, s.write_BHT, s.keep_BHN):
+      assert np.all(np.asarray(weight) >= 0)
+      assert np.all(np.asarray(weight) <= 1 + 2 * LOSS.get(gate, 1e-3))
+
+
+@pytest.mark.parametrize("gate", ["normal", "mixed=50", "init"])
+def test_last_stabilizer_has_the_gradient_of_the_recurrence(gate):
+  x, i, f, doc, _ = prepared(gate, 67, 16)
+
+  def recurrence(i, f, m):
+    state = State(
+      jnp.float32(x.state.C_BHKV),
+      jnp.float32(x.state.n_BHK),
+      m,
+      contract.BEFORE,
+    )
+    tokens = (jnp.float32(y) for y in (x.q_BTHK, x.k_BTHK, x.v_BTHV))
+    _, last = recurrent(
+      *tokens, i, f, doc, state, stabilize=True, normalize=True, eps=1e-6
+    )
+    return jnp.sum(last.m_BH)
+
+  def direct(i, f, m):
+    return jnp.sum(last_stabilizer(i, f, doc, m, x.state.segment_B))
+
+  args = (i, f, x.state.m_BH)
+  for ours, theirs in zip(
+    jax.grad(direct, (0, 1, 2))(*args),
+    jax.grad(recurrence, (0, 1, 2))(*args),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_machine_without_hopper_is_refused_with_the_reason():
+  x = jnp.ones((1, 4, 1, 64), jnp.bfloat16)
+  gates = {"i_BTH": x[..., 0], "f_BTH": x[..., 0]}
+  with pytest.raises(UserError, match=r"needs a Hopper GPU .* device is cpu"):
+    mlstm(x, x, x, **gates, backend="pallas_gpu")
+
+
+@pytest.mark.parametrize(
+  ("args", "message"),
+  [
+    ((jnp.float32, 64, 64, 256), "the tokens are float32"),
+    ((jnp.bfloat16, 64, 640, 256), "64 keys and 640 values exceed 512"),
+    ((jnp.bfloat16, 64, 64, 64), "chunk is 64"),
+  ],
+)
+def test_what_the_kernels_do_not_take(args, message):
+  assert message in backend.refusal(*args)
+
+
+HEADS = [(64, 128), (128, 192), (128, 256), (256, 512), (384, 384), (512, 512)]
+
+
+@pytest.mark.parametrize("dims", HEADS)
+def test_tiles_fit_and_divide(dims):
+  assert backend.refusal(jnp.bfloat16, *dims, 256) is None
+  for dim, out_dim in (dims, dims[::-1]):
+    t = backend.tiles(dim, out_dim)
+    assert dim % t.keys == 0
+    assert out_dim % t.outputs == 0
+    assert t.outputs % t.values == 0
+    assert t.outputs <= 256
+    elements = 128 * dim + 64 * (
+      t.key_buffers * t.keys + t.value_buffers * t.values + 128 * t.stages
+    )
+    assert 2 * elements + backend.RESERVED <= backend.SHARED_MEMORY
+
+
+def test_spans_fill_the_gpu_and_divide_the_chunks():
+  assert backend._spans(chunks=32, blocks=256) == 1
+  assert backend._spans(chunks=256, blocks=32) == 8
+  assert backend._spans(chunks=3, blocks=1) == 1
+
+
+def test_states_that_enter_spans():
+  rng = np.random.default_rng(0)
+  kept = rng.uniform(size=(1, 1, 4)).astype(np.float32)
+  ends = rng.normal(size=(1, 1, 4, 3)).astype(np.float32)
+  first = rng.normal(size=(1, 1, 3)).astype(np.float32)
+  expected, state = [], first[0, 0]
+  for span in range(4):
+    expected.append(state)
+    state = kept[0, 0, span] * state + ends[0, 0, span]
+  got = backend._firsts(jnp.asarray(kept), first, ends)
+  np.testing.assert_allclose(got[0, 0], expected, rtol=1e-5, atol=1e-6)
+
+
+def results(form, wide: bool, *, time: int, dims: tuple[int, int]):
+  """Everything that a form computes for two documents after a state."""
+  K, V = dims
+  rng = np.random.default_rng(3)
+
+  def normal(*shape):
+    return jnp.asarray(rng.normal(size=(1, *shape)), jnp.float32)
+
+  q, k, v, dh = (normal(time, 1, d).astype(jnp.bfloat16) for d in (K, K, V, V))
+  i, f = normal(time, 1) - 2, jax.nn.log_sigmoid(normal(time, 1) + 3)
+  state = (normal(1, K, V), normal(1, K), normal(1))
+  dstate = (normal(1, K, V), normal(1, K), normal(1))
+  before = jnp.ones(1, jnp.int32)
+  ids = jnp.asarray(1 + (np.arange(time) >= 0.6 * time))[None].astype(jnp.int32)
+  doc = documents(ids, before, time)
+
+  def compute(*args):
+    h, last = form(
+      *args[:5],
+      doc,
+      State(*args[5:], before),
+      stabilize=True,
+      normalize=True,
+      eps=1e-6,
+    )
+    return h, last[:3]
+
+  with jax.enable_x64(wide):
+    args = (q, k, v, i, f, *state)
+    if wide:
+      args = tuple(np.asarray(x, np.float64) for x in args)
+    out, back = jax.vjp(compute, *args)
+    cotangents = jax.tree.map(lambda x, y: x.astype(y.dtype), (dh, dstate), out)
+    values = (*jax.tree.leaves(out), *back(cotangents))
+    return dict(
+      zip(NAMES, (np.asarray(x, np.float64) for x in values), strict=True)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("time", "dims"), [(200, (64, 384)), (40, (96, 64))])
+def test_interpreted_kernels(time, dims):
+  """A bound of 5 times native's error, which is not yet the kernel bound's 2.
+
+  The gradients of n and of the forget gate contain the normaliser's, for which
+  h comes from its rounded output: 4.9 times native's error in the worst case
+  measured here, dn at T = 200.
+  """
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  run = functools.partial(results, time=time, dims=dims)
+  interpret = plgpu.InterpretGPUParams()
+  truth = run(recurrent, True)
+  native = run(functools.partial(chunkwise, chunk=128), False)
+  ours = run(
+    functools.partial(backend.pallas_gpu, chunk=128, interpret=interpret), False
+  )
+  for name in NAMES:
+    share = excess(ours[name], native[name], truth[name], factor=5.0)
+    assert share <= 1, (name, share)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  importlib.util.find_spec("jax_plugins.xla_cuda13") is None
+  if importlib.util.find_spec("jax_plugins")
+  else True,
+  reason="compiling for a GPU needs the wheels jax-cuda13-plugin and nvcc",
+)
+@pytest.mark.parametrize(
+  "dims",
+  [
+    (64, 128),
+    (128, 256),
+    pytest.param(
+      (256, 512),
+      marks=pytest.mark.xfail(
+        jax.__version_info__ >= (0, 12),
+        reason="Mosaic GPU of jax 0.12 refuses a store of under 32 bytes",
+        strict=True,
+      ),
+    ),
+  ],
+)
+def test_kernels_compile_for_the_h200_without_one(dims):
+  """Spills are bytes per thread and kernel, as measured with ptxas 13.5."""
+  script = pathlib.Path(__file__).parent / "compile_pallas_gpu.py"
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "MOSAIC_GPU_DUMP_PTXAS": "1",
+    "XLA_FLAGS": "",
+  }
+  done = subprocess.run(
+    [sys.executable, script, *map(str, dims)],
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  report = done.stdout + done.stderr
+  registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
+  spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", report)]
+  assert len(registers) >= 6  # two scans and four reads
+  assert max(registers) <= 232
+  assert max(spills) <= 312

@@ -1,0 +1,98 @@
+"""A wrong kernel is found before it trains."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from xlstm_jax.cells.mlstm import backends, self_test
+from xlstm_jax.cells.mlstm.chunkwise import chunkwise
+from xlstm_jax.errors import UserError
+
+SHAPE = self_test.Shape(B=2, T=96, H=2, K=16, V=32)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+  """Makes the native form with a defect a kernel of the table."""
+
+  def install(defect):
+    def form(q, k, v, i, f, documents, state, **options):
+      def run(*tokens):
+        return chunkwise(*tokens, documents, state, **options)
+
+      return defect(run, q, k, v, i, f)
+
+    # What was compiled stays compiled: each defect has a name of its own.
+    monkeypatch.setitem(backends.KERNELS, defect.__name__, form)
+    return defect.__name__
+
+  return install
+
+
+def sound(run, q, k, v, i, f):
+  return run(q, k, v, i, f)
+
+
+def test_a_sound_kernel_passes(kernel):
+  self_test.check(kernel(sound), SHAPE, dtype="bfloat16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", ["recurrent", "parallel"])
+def test_other_forms_pass(backend, dtype):
+  self_test.check(backend, SHAPE, dtype=dtype)
+
+
+def wrong_head(run, q, k, v, i, f):
+  h, state = run(q, k, v, i, f)
+  return h.at[:, :, 1].multiply(1.1), state
+
+
+def not_a_number(run, q, k, v, i, f):
+  h, state = run(q, k, v, i, f)
+  return h.at[0, 3, 0, 0].set(jnp.nan), state
+
+
+def wrong_gradient(run, q, k, v, i, f):
+  return run(q, k, v + 0.1 * (v - jax.lax.stop_gradient(v)), i, f)
+
+
+def no_gradient(run, q, k, v, i, f):
+  return run(q, k, v, jax.lax.stop_gradient(i), f)
+
+
+@pytest.mark.parametrize(
+  ("defect", "named"),
+  [
+    (wrong_head, "h is off by"),
+    (not_a_number, "h is off by nan"),
+    (wrong_gradient, ": dv is off by"),
+    (no_gradient, ": di is off by"),
+  ],
+)
+def test_a_defect_is_a_sentence_with_the_figures(kernel, defect, named):
+  with pytest.raises(UserError, match=named) as error:
+    self_test.check(kernel(defect), SHAPE, dtype="bfloat16")
+  assert "Train with --config.compute.mlstm_backend=chunkwise" in str(error)
+
+
+def doubled(run, q, k, v, i, f):
+  h, state = run(q, k, v, i, f)
+  return 2 * h, state
+
+
+def test_variants_of_the_cell_are_tested_as_they_run(kernel):
+  with pytest.raises(UserError, match="h is off by"):
+    self_test.check(
+      kernel(doubled),
+      SHAPE,
+      dtype="float32",
+      input_gate="sigmoid",
+      normalize=False,
+    )
+
+
+def test_a_kernel_that_refuses_the_device_says_so():
+  with pytest.raises(UserError, match="pallas_gpu' cannot run"):
+    self_test.check("pallas_gpu", SHAPE, dtype="bfloat16")

@@ -1,0 +1,151 @@
+"""Each cross-check refuses its mistake, and nothing else."""
+
+import pytest
+
+from xlstm_jax import config
+from xlstm_jax.config import RunConfig, conversion
+from xlstm_jax.data.format import Counts, Manifest, SplitManifest, TokenizerSpec
+from xlstm_jax.errors import UserError
+
+
+def manifest(train=100, heldout=100):
+  return Manifest(
+    tokenizer=TokenizerSpec("byte", "hash", 257, 256),
+    sources=("a",),
+    splits={
+      name: SplitManifest({"a": Counts(1, tokens, 1)}, ())
+      for name, tokens in (("train", train), ("heldout", heldout))
+    },
+    origin={},
+  )
+
+
+def cfg(**changes):
+  """A configuration that fits; dots in keys are written as two underscores."""
+  values = config.to_config_dict(RunConfig())
+  fitting = {
+    "model.vocab_size": 257,
+    "data.paths": ("corpus",),
+    "mesh.data": -1,
+    "batch_size": 16,
+    "steps": 100,
+  }
+  changed = {k.replace("__", "."): v for k, v in changes.items()}
+  values.update_from_flattened_dict(fitting | changed)
+  return config.from_config_dict(values)
+
+
+def test_a_configuration_that_fits_passes():
+  config.validate(cfg(), manifest(), 8)
+  config.validate(
+    cfg(
+      mesh__data=2,
+      mesh__fsdp=2,
+      mesh__tensor=2,
+      accumulation=4,
+      eval_every=10,
+      save_every=20,
+      profile=(1, 100),
+      optim__warmup_steps=50,
+      optim__cooldown_steps=50,
+      optim__clip_norm=None,
+    ),
+    manifest(),
+    8,
+  )
+  config.validate(cfg(mesh__sequence=8, data__context=24), manifest(), 8)
+
+
+def test_there_may_be_no_data_yet():
+  config.validate(cfg(model__vocab_size=1), None, 8)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"steps": 0}, r"config\.steps is 0; it must be at least 1"),
+    ({"batch_size": -8}, r"config\.batch_size is -8; .* at least 1"),
+    ({"accumulation": 0}, r"config\.accumulation is 0; .* at least 1"),
+    ({"eval_every": 0}, r"config\.eval_every is 0; .* at least 1"),
+    ({"loss_chunk": 0}, r"config\.loss_chunk is 0; .* at least 1"),
+    ({"data__context": 0}, r"config\.data\.context is 0; .* at least 1"),
+    ({"checkpoint__keep_latest": 0}, r"keep_latest is 0; .* at least 1"),
+    ({"optim__peak_lr": 0.0}, r"peak_lr is 0\.0; it must be above 0"),
+    ({"optim__b2": 1.0}, r"b2 is 1\.0; .* below 1"),
+    ({"optim__clip_norm": 0.0}, r"clip_norm is 0\.0; it must be above 0"),
+    ({"optim__final_fraction": 1.5}, r"final_fraction is 1\.5; .* at most 1"),
+    (
+      {"optim__warmup_steps": 60, "optim__cooldown_steps": 60},
+      r"60 steps of warm-up and 60 of cooldown do not fit into .*steps=100",
+    ),
+    (
+      {"optim__warmup_steps": 60, "optim__decay_steps": 59},
+      "the decay cannot end before the warm-up of 60 steps",
+    ),
+    (
+      {"batch_size": 13},
+      "batch_size is 13; 8 shares .* a multiple of 8, such as 16",
+    ),
+    (
+      {"accumulation": 4},
+      "16; 8 shares .* 4 accumulation .* multiple of 32, such as 32",
+    ),
+    ({"mesh__data": 3}, "The mesh .* does not fit 8 devices"),
+    (
+      {"mesh__sequence": 8, "data__context": 100},
+      "context is 100; the mesh splits time over 8 .*, such as 96",
+    ),
+    (
+      {"mesh__sequence": 8, "data__context": 16},
+      "each needs the 3 tokens .* a context of 24 or more fits",
+    ),
+    (
+      {"mesh__sequence": 2, "model__slstm_at": (3, 20)},
+      r"mesh\.sequence is 2, but the blocks \[3, 20\] are sLSTM",
+    ),
+    (
+      {"mesh__tensor": 8},
+      r"mlstm\.num_heads is 4; mesh\.tensor=8 cannot .* 1, 2 or 4 could",
+    ),
+    (
+      {"model__slstm_at": (1,), "model__slstm__num_heads": 3}
+      | {"mesh__tensor": 2},
+      r"slstm\.num_heads is 3; mesh\.tensor=2 cannot split",
+    ),
+    ({"profile": (3,)}, r"profile is \(3,\); it must be \(first, last\)"),
+    ({"profile": (5, 101)}, "between 1 and 100"),
+    (
+      {"eval_every": 10, "save_every": 25},
+      "make one a multiple of the other",
+    ),
+    ({"compute__dtype": "float64"}, "float64 needs .*JAX_ENABLE_X64"),
+    (
+      {"model__vocab_size": 256},
+      "vocab_size is 256, but the tokenizer of corpus has 257 ids",
+    ),
+  ],
+)
+def test_each_mistake_is_a_sentence(changes, message):
+  with pytest.raises(UserError, match=message):
+    config.validate(cfg(**changes), manifest(), 8)
+
+
+def test_empty_splits_are_named():
+  with pytest.raises(UserError, match="The train split of corpus is empty"):
+    config.validate(cfg(), manifest(train=0), 8)
+  config.validate(cfg(), manifest(heldout=0), 8)
+  with pytest.raises(UserError, match="The held-out split of corpus is empty"):
+    config.validate(cfg(eval_every=100), manifest(heldout=0), 8)
+
+
+def test_all_mistakes_are_told_at_once():
+  with pytest.raises(UserError) as error:
+    config.validate(cfg(steps=0, model__vocab_size=1), manifest(), 8)
+  assert "config.steps is 0" in str(error.value)
+  assert "config.model.vocab_size is 1" in str(error.value)
+
+
+def test_every_key_with_a_least_value_exists():
+  from xlstm_jax.config import checks
+
+  assert set(checks._AT_LEAST) <= set(conversion.keys(RunConfig))

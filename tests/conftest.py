@@ -1,0 +1,27 @@
+"""Eight simulated devices, and shape annotations that are executed."""
+
+import os
+
+flags = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = (
+  f"{flags} --xla_force_host_platform_device_count=8".strip()
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# These import jax, which reads the environment above.
+import hypothesis  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# A machine that is busy with others is no failure.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
+
+install_import_hook(
+  [
+    "xlstm_jax.cells",
+    "xlstm_jax.layers",
+    "xlstm_jax.mixers",
+    "xlstm_jax.models",
+  ],
+  "beartype.beartype",
+)

@@ -1,0 +1,427 @@
+"""Documents out of files: every form, any cut, and whatever is malformed."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from xlstm_jax.data import documents
+from xlstm_jax.data.documents import Document, Piece, Place, Problem
+from xlstm_jax.errors import UserError
+
+LIMIT = 10_000
+
+
+def compress_frames(data: bytes) -> bytes:
+  """Two zstd frames, as tools that work in parallel write."""
+  compressor = zstandard.ZstdCompressor()
+  half = len(data) // 2
+  return compressor.compress(data[:half]) + compressor.compress(data[half:])
+
+
+WRITERS: dict[str, Callable[[bytes], bytes]] = {
+  "a.jsonl": bytes,
+  "a.jsonl.gz": gzip.compress,
+  "a.jsonl.zst": compress_frames,
+}
+
+
+def line(text: Any, source: Any = None, **more: Any) -> bytes:
+  value = {"text": text, **more}
+  if source is not None:
+    value["meta"] = {"redpajama_set_name": source}
+  return json.dumps(value).encode() + b"\n"
+
+
+def pieces_of(
+  path: Path,
+  *,
+  start: Place | None = None,
+  piece_bytes: int = 100,
+  limit: int = LIMIT,
+) -> list[Piece]:
+  inputs = documents.find([str(path)]).files
+  return list(
+    documents.read(
+      inputs,
+      start or Place(),
+      piece_bytes=piece_bytes,
+      max_document_bytes=limit,
+    )
+  )
+
+
+def parse_all(
+  pieces: list[Piece], *, limit: int = LIMIT
+) -> tuple[list[Document], list[Problem]]:
+  found, problems = [], []
+  for piece in pieces:
+    parsed, wrong = documents.parse(piece, max_document_bytes=limit)
+    found += parsed
+    problems += wrong
+  return found, problems
+
+
+def parse_lines(data: bytes) -> tuple[list[Document], list[Problem]]:
+  piece = Piece(data, 0, 1, "default", Place(), 0)
+  return documents.parse(piece, max_document_bytes=LIMIT)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("piece_bytes", [1, 50, 10**6])
+def test_lines_come_back_from_every_form(
+  tmp_path: Path, name: str, piece_bytes: int
+):
+  texts = ["one", "zwei\nlines", "三 🙂", "four\u2028separators\x85"]
+  data = b"".join(line(text, f"s{i % 2}") for i, text in enumerate(texts))
+  (tmp_path / name).write_bytes(WRITERS[name](data))
+  found, problems = parse_all(
+    pieces_of(tmp_path / name, piece_bytes=piece_bytes)
+  )
+  assert not problems
+  assert [d.text.decode() for d in found] == texts
+  assert [d.source for d in found] == ["s0", "s1", "s0", "s1"]
+  assert [d.line for d in found] == [1, 2, 3, 4]
+
+
+@settings(
+  max_examples=100,
+  deadline=None,
+  suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+  lines=st.lists(
+    st.one_of(
+      st.text(max_size=30).map(lambda t: line(t).removesuffix(b"\n")),
+      st.binary(max_size=60).map(lambda b: b.replace(b"\n", b"")),
+    ),
+    max_size=12,
+  ),
+  last=st.booleans(),
+  piece_bytes=st.integers(1, 120),
+  name=st.sampled_from(sorted(WRITERS)),
+  data=st.data(),
+)
+def test_pieces_do_not_depend_on_their_size_or_where_reading_went_on(
+  tmp_path: Path,
+  lines: list[bytes],
+  last: bool,
+  piece_bytes: int,
+  name: str,
+  data: st.DataObject,
+):
+  content = b"\n".join(lines) + (b"\n" if last else b"")
+  path = tmp_path / name
+  path.write_bytes(WRITERS[name](content))
+  expected = parse_lines(content) if content else ([], [])
+  limit = 40
+  pieces = pieces_of(path, piece_bytes=piece_bytes)
+  assert parse_all(pieces) == expected
+  limited = parse_all(pieces_of(path, limit=limit), limit=limit)
+  small = pieces_of(path, piece_bytes=piece_bytes, limit=limit)
+  assert parse_all(small, limit=limit) == limited
+  if small:
+    cut = data.draw(st.integers(1, len(small)))
+    place = small[cut - 1].end
+    rest = pieces_of(path, start=place, piece_bytes=33, limit=limit)
+    first = parse_all(small[:cut], limit=limit)
+    second = parse_all(rest, limit=limit)
+    assert (first[0] + second[0], first[1] + second[1]) == limited
+    end = rest[-1].end if rest else place
+    assert (end.crc, end.offset) == (zlib.crc32(content), len(content))
+    inputs = documents.find([str(path)]).files
+    crc = documents.content_crc(inputs, place, max_document_bytes=limit)
+    assert crc == place.crc == zlib.crc32(content[: place.offset])
+
+
+@pytest.mark.parametrize(
+  ("data", "reason"),
+  [
+    (b"", "empty line"),
+    (b"  \r", "empty line"),
+    (b"{", "not JSON: Expecting property name"),
+    (b'{"text": "a"', "not JSON: Expecting ',' delimiter"),
+    (b'{"text": "a"} x', "not JSON: Extra data"),
+    (b'{"text": "a\tb"}', "not JSON: Invalid control character"),
+    (b"[1]", "not a JSON object"),
+    (b"null", "not a JSON object"),
+    (b"{}", 'no "text"'),
+    (b'{"text": 3}', 'no "text"'),
+    (b'{"text": null}', 'no "text"'),
+    (b'{"text": ""}', "empty text"),
+    (b'{"text": "a", "meta": 3}', '"meta" is not an object'),
+    (line("a", 3).strip(), "source '3' is not a printable name"),
+    (line("a", "").strip(), "not a printable name"),
+    (line("a", "x\x1b[2J").strip(), "not a printable name"),
+    (line("a", "x" * 201).strip(), "longer than 200"),
+    (b'{"text": "\\ud800"}', "lone surrogate"),
+    (b'{"text": "\xff"}', "not UTF-8"),
+    (b"[" * 9_000, "nested too deeply"),
+    (b'{"text": ' + b"1" * 5000 + b"}", "Exceeds the limit"),
+  ],
+)
+def test_what_is_no_document_is_a_problem_with_its_line(
+  data: bytes, reason: str
+):
+  found, problems = parse_lines(line("before") + data + b"\n" + line("after"))
+  assert [(d.text, d.line) for d in found] == [(b"before", 1), (b"after", 3)]
+  assert [(p.file, p.line) for p in problems] == [(0, 2)]
+  assert reason in problems[0].reason
+  assert not problems[0].harmless
+
+
+@pytest.mark.parametrize(
+  "value",
+  [
+    {"text": "a"},
+    {"text": "a", "meta": None},
+    {"text": "a", "meta": {}},
+    {"text": "a", "meta": {"other": 1}, "redpajama_set_name": "x"},
+  ],
+)
+def test_a_document_that_names_no_source_gets_the_inputs(value: dict[str, Any]):
+  found, _ = parse_lines(json.dumps(value).encode())
+  assert found[0].source == "default"
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_are_documents_or_problems(data: bytes):
+  found, problems = parse_lines(data)
+  lines = max(1, data.removesuffix(b"\n").count(b"\n") + 1)
+  numbers = [d.line for d in found] + [p.line for p in problems]
+  assert sorted(numbers) == list(range(1, lines + 1))
+
+
+def test_a_byte_order_mark_is_dropped(tmp_path: Path):
+  bom = b"\xef\xbb\xbf"
+  found, problems = parse_lines(bom + line("a") + line("b"))
+  assert [d.text for d in found] == [b"a", b"b"]
+  assert not problems
+  (tmp_path / "a.txt").write_bytes(bom + b"text")
+  found, _ = parse_all(pieces_of(tmp_path / "a.txt"))
+  assert found[0].text == b"text"
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("piece_bytes", [1, 64, 10**6])
+def test_a_line_that_is_too_long_is_not_kept(
+  tmp_path: Path, name: str, piece_bytes: int
+):
+  data = line("a") + line("b" * 5000) + line("c") + line("d" * 5000)[:-1]
+  (tmp_path / name).write_bytes(WRITERS[name](data))
+  pieces = pieces_of(tmp_path / name, piece_bytes=piece_bytes, limit=1000)
+  found, problems = parse_all(pieces, limit=1000)
+  assert [(d.text, d.line) for d in found] == [(b"a", 1), (b"c", 3)]
+  assert [(p.line, p.reason) for p in problems] == [
+    (2, "longer than 1000 bytes"),
+    (4, "longer than 1000 bytes"),
+  ]
+
+
+@pytest.mark.parametrize("cut", [1, 10, 60])
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_a_truncated_archive_is_named(tmp_path: Path, name: str, cut: int):
+  path = tmp_path / name
+  data = WRITERS[name](b"".join(line(f"text {i}") for i in range(1000)))
+  path.write_bytes(data[:-cut])
+  with pytest.raises(UserError, match=f"{name} is truncated or damaged"):
+    pieces_of(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_a_damaged_archive_is_named(tmp_path: Path, name: str):
+  path = tmp_path / name
+  path.write_bytes(line("not compressed"))
+  with pytest.raises(UserError, match=rf"{name}"):
+    pieces_of(path)
+
+
+@settings(
+  max_examples=150,
+  deadline=None,
+  suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+  name=st.sampled_from(sorted(WRITERS)),
+  place=st.floats(0, 1, exclude_max=True),
+  value=st.binary(min_size=1, max_size=4),
+)
+def test_any_damage_is_documents_problems_or_an_error_of_ours(
+  tmp_path: Path, name: str, place: float, value: bytes
+):
+  path = tmp_path / name
+  data = bytearray(WRITERS[name](b"".join(line(f"{i}") for i in range(40))))
+  at = int(place * len(data))
+  data[at : at + len(value)] = value
+  path.write_bytes(data)
+  try:
+    found, problems = parse_all(pieces_of(path))
+  except UserError as error:
+    refusal = str(error)
+  else:
+    refusal = None
+  if refusal is not None:
+    assert name in refusal
+  else:
+    assert len(found) + len(problems) >= 1
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "a.txt"])
+@pytest.mark.parametrize("after", [0, 10**6])
+def test_a_file_that_changes_meanwhile_is_refused(
+  tmp_path: Path, name: str, after: int
+):
+  path = tmp_path / name
+  data = WRITERS.get(name, bytes)(line("a") * 3)
+  path.write_bytes(data)
+  inputs = documents.find([str(path)]).files
+  path.write_bytes(data + WRITERS.get(name, bytes)(line("b")))
+  with pytest.raises(UserError, match=f"{name} changed while it was read"):
+    list(
+      documents.read(
+        inputs, Place(), piece_bytes=after + 1, max_document_bytes=LIMIT
+      )
+    )
+
+
+def test_an_archive_that_expands_without_end_stays_bounded(tmp_path: Path):
+  """1 GiB of zeros in 32 KiB: one line that is too long, never held."""
+  path = tmp_path / "a.jsonl.zst"
+  frame = zstandard.ZstdCompressor(level=1).compress(bytes(2**28))
+  path.write_bytes(frame * 4)
+  script = f"""
+import resource
+from xlstm_jax.data import documents
+resource.setrlimit(resource.RLIMIT_AS, (3 * 2**28, 3 * 2**28))
+inputs = documents.find([{str(path)!r}]).files
+pieces = documents.read(
+  inputs, documents.Place(), piece_bytes=2**20, max_document_bytes=2**20
+)
+print([(p.line, p.data, p.problem, p.end.offset) for p in pieces])
+"""
+  result = subprocess.run(
+    [sys.executable, "-c", script], capture_output=True, text=True, check=True
+  )
+  expected = [(1, b"", "longer than 1048576 bytes", 2**30)]
+  assert result.stdout == f"{expected}\n"
+
+
+def test_text_files_are_one_document_each(tmp_path: Path):
+  (tmp_path / "b.txt").write_text("line 1\nline 2\n")
+  (tmp_path / "a").mkdir()
+  (tmp_path / "a" / "x.py").write_text("pass")
+  (tmp_path / "c.jsonl").write_bytes(line("json"))
+  inputs = documents.find([str(tmp_path)])
+  names = [one.name for one in inputs.files]
+  assert names == ["b.txt", "c.jsonl", "a/x.py"]
+  found, problems = parse_all(pieces_of(tmp_path))
+  assert [(d.text, d.file) for d in found] == [
+    (b"line 1\nline 2\n", 0),
+    (b"json", 1),
+    (b"pass", 2),
+  ]
+  assert not problems
+
+
+def test_text_files_that_are_none_are_problems(tmp_path: Path):
+  (tmp_path / "a.txt").write_bytes(b"\xff")
+  (tmp_path / "b.txt").write_bytes(b"")
+  (tmp_path / "c.txt").write_bytes(b"x" * 200)
+  (tmp_path / "d.txt").write_bytes(b"good")
+  found, problems = parse_all(pieces_of(tmp_path, limit=100))
+  assert [d.text for d in found] == [b"good"]
+  assert [(p.file, p.line, p.reason, p.harmless) for p in problems] == [
+    (0, 0, "not UTF-8: invalid start byte", False),
+    (1, 0, "empty file", True),
+    (2, 0, "longer than 100 bytes", False),
+  ]
+
+
+def test_reading_text_files_goes_on_behind_a_place(tmp_path: Path):
+  for name in "abc":
+    (tmp_path / name).write_text(name)
+  pieces = pieces_of(tmp_path)
+  for cut, piece in enumerate(pieces, 1):
+    assert pieces_of(tmp_path, start=piece.end) == pieces[cut:]
+    inputs = documents.find([str(tmp_path)]).files
+    crc = documents.content_crc(inputs, piece.end, max_document_bytes=LIMIT)
+    assert crc == piece.end.crc == zlib.crc32(b"abc"[:cut])
+
+
+def test_folders_pass_over_hidden_entries_and_links(tmp_path: Path):
+  folder = tmp_path / "in"
+  (folder / ".git").mkdir(parents=True)
+  (folder / ".git" / "x").write_text("hidden")
+  (folder / ".hidden").write_text("hidden")
+  (folder / "a").write_text("seen")
+  (tmp_path / "secret").write_text("outside")
+  (folder / "link").symlink_to(tmp_path / "secret")
+  (folder / "loop").symlink_to(folder)
+  inputs = documents.find([str(folder)])
+  assert [one.name for one in inputs.files] == ["a"]
+  assert (inputs.hidden, inputs.links) == (2, 2)
+
+
+def test_an_input_may_name_its_source(tmp_path: Path):
+  (tmp_path / "a=b").write_text("x")
+  (tmp_path / "c").write_text("x")
+  (tmp_path / "d").write_text("x")
+  arguments = [f"code={tmp_path}/c", f"{tmp_path}/a=b", f"s={tmp_path}/d"]
+  found = documents.find(arguments).files
+  assert [(one.source, one.name) for one in found] == [
+    ("code", "c"),
+    ("default", "a=b"),
+    ("s", "d"),
+  ]
+  with pytest.raises(UserError, match="not a printable name"):
+    documents.find([f"a\tb={tmp_path}/c"])
+
+
+@pytest.mark.parametrize("argument", ["nowhere", "code=nowhere"])
+def test_a_missing_input_is_named(argument: str):
+  with pytest.raises(UserError, match="no file or folder nowhere"):
+    documents.find([argument])
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path):
+  with pytest.raises(UserError, match="no file to read"):
+    documents.find([str(tmp_path)])
+
+
+def test_an_input_given_twice_is_refused(tmp_path: Path):
+  (tmp_path / "a").write_text("x")
+  with pytest.raises(UserError, match="twice"):
+    documents.find([str(tmp_path), str(tmp_path / "a")])
+
+
+def test_what_is_neither_file_nor_folder_does_not_hang(tmp_path: Path):
+  os.mkfifo(tmp_path / "pipe.jsonl")
+  for argument in (tmp_path, tmp_path / "pipe.jsonl"):
+    with pytest.raises(UserError, match="neither a regular file"):
+      documents.find([str(argument)])
+
+
+def test_a_listing_knows_names_sizes_and_times(tmp_path: Path):
+  (tmp_path / "a").write_text("x")
+  first = documents.find([str(tmp_path)]).files
+  os.utime(tmp_path / "a", (1, 1))
+  touched = documents.find([str(tmp_path)]).files
+  (tmp_path / "a").write_text("xy")
+  grown = documents.find([str(tmp_path)]).files
+  untimed = [
+    documents.listing_hash(i, times=False) for i in (first, touched, grown)
+  ]
+  assert untimed[0] == untimed[1] != untimed[2]
+  timed = [documents.listing_hash(i, times=True) for i in (first, touched)]
+  assert timed[0] != timed[1]

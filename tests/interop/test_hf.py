@@ -1,0 +1,322 @@
+"""Hugging Face folders through the commands: bit by bit, and bad ones."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from xlstm_jax import config, errors, sharding, trained
+from xlstm_jax.checkpoints import CheckpointConfig, Checkpoints
+from xlstm_jax.config import RunConfig
+from xlstm_jax.data import tokenizer as tokenizers
+from xlstm_jax.errors import UserError
+from xlstm_jax.interop import hf, tensor_files, workdir
+from xlstm_jax.interop.names import NameMap
+from xlstm_jax.mixers.mlstm_large import MLSTMLargeConfig
+from xlstm_jax.models.config import ModelConfig
+from xlstm_jax.models.language_model import Definition
+
+SOURCE = golden.hugging_face_folder("hf_tiny")
+FOLDERS = [
+  pytest.param(folder, id=name, marks=pytest.mark.slow if "/" in name else ())
+  for name in golden.model_names("hf")
+  for folder in sorted(golden.folder_of(name).glob("checkpoint*"))
+]
+
+
+def tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+  """All tensors of a folder, as the reference package reads them."""
+  found = {}
+  for path in folder.glob("*.safetensors"):
+    found |= load_file(path)
+  assert found
+  return found
+
+
+def assert_same(ours, theirs):
+  assert ours.keys() == theirs.keys()
+  for name, value in theirs.items():
+    assert ours[name].dtype == value.dtype
+    assert ours[name].shape == value.shape
+    assert ours[name].tobytes() == value.tobytes()
+
+
+def run(capsys, *argv) -> tuple[int, str]:
+  """Exit status and stderr of the command."""
+  code = errors.exit_code(lambda: hf.main([str(word) for word in argv]))
+  return code, capsys.readouterr().err
+
+
+@pytest.fixture
+def copied(tmp_path) -> pathlib.Path:
+  """A checkpoint folder that may be changed."""
+  folder = tmp_path / "changed"
+  shutil.copytree(SOURCE, folder)
+  for path in (folder, *folder.iterdir()):
+    path.chmod(0o755)
+  return folder
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_round_trip_is_bit_exact(tmp_path, folder):
+  theirs = json.loads((folder / "config.json").read_text())
+  sharded = (folder / tensor_files.INDEX).exists()
+  hf.import_folder(folder, tmp_path / "workdir")
+  hf.export_folder(
+    tmp_path / "workdir",
+    tmp_path / "out",
+    dtype=theirs["dtype"],
+    max_shard_bytes=400_000 if sharded else 10**9,
+  )
+  assert_same(tensors(tmp_path / "out"), tensors(folder))
+  assert (tmp_path / "out" / tensor_files.INDEX).exists() == sharded
+  ours = json.loads((tmp_path / "out" / "config.json").read_text())
+  different = {k for k in ours if k in theirs and ours[k] != theirs[k]}
+  assert different <= {"bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+def test_bfloat16_round_trip_is_bit_exact(tmp_path):
+  bf16 = {
+    name: value.astype(jnp.bfloat16) for name, value in tensors(SOURCE).items()
+  }
+  (tmp_path / "in").mkdir()
+  save_file(bf16, tmp_path / "in" / "model.safetensors")
+  shutil.copyfile(SOURCE / "config.json", tmp_path / "in" / "config.json")
+  hf.import_folder(tmp_path / "in", tmp_path / "workdir")
+  hf.export_folder(tmp_path / "workdir", tmp_path / "out", dtype="bfloat16")
+  assert_same(tensors(tmp_path / "out"), bf16)
+
+
+def test_a_rounded_tensor_is_no_round_trip(tmp_path, monkeypatch):
+  """What turns the tests above red: a single number that is not the same."""
+
+  def value(self, params, name, value=NameMap.value):
+    stored = np.array(value(self, params, name))
+    if name == "lm_head.weight":
+      stored.flat[0] = np.nextafter(stored.flat[0], 0)
+    return stored
+
+  monkeypatch.setattr(NameMap, "value", value)
+  with pytest.raises(AssertionError):
+    test_round_trip_is_bit_exact(tmp_path, SOURCE)
+
+
+def test_imported_parameters_are_sharded_and_compute_the_goldens(tmp_path):
+  hf.import_folder(SOURCE, tmp_path / "workdir")
+  cfg = config.load(tmp_path / "workdir")
+  params = workdir.restore(tmp_path / "workdir", cfg)
+  assert len(params["embedding"]["weight"].sharding.device_set) == 8
+  reference, _, expected = golden.converted("hf_tiny", "float32")
+  assert cfg.model == reference.cfg
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_fused_export_imports_as_the_same_model(tmp_path):
+  hf.import_folder(SOURCE, tmp_path / "workdir")
+  hf.export_folder(
+    tmp_path / "workdir", tmp_path / "fused", weight_mode="fused"
+  )
+  names = tensors(tmp_path / "fused")
+  assert any(name.endswith("qkv_opreact.weight") for name in names)
+  hf.import_folder(tmp_path / "fused", tmp_path / "again")
+  cfg = config.load(tmp_path / "again")
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    workdir.restore(tmp_path / "again", cfg),
+    workdir.restore(tmp_path / "workdir", cfg),
+  )
+
+
+def test_a_tied_model_exports_its_embedding_twice(tmp_path):
+  model = ModelConfig(
+    vocab_size=257,
+    width=16,
+    num_blocks=1,
+    mlstm_block="large",
+    mlstm_large=MLSTMLargeConfig(num_heads=2),
+    tie_embeddings=True,
+    feedforward=golden.converted("hf_tiny", "float32")[0].cfg.feedforward,
+    norm=golden.converted("hf_tiny", "float32")[0].cfg.norm,
+    head_norm=golden.converted("hf_tiny", "float32")[0].cfg.head_norm,
+  )
+  make_run(tmp_path / "workdir", model)
+  tokenizers.ByteTokenizer().save(tmp_path / "workdir")
+  hf.export_folder(tmp_path / "workdir", tmp_path / "out")
+  found = tensors(tmp_path / "out")
+  np.testing.assert_array_equal(
+    found["lm_head.weight"], found["backbone.embeddings.weight"]
+  )
+  content = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert content["tie_word_embeddings"] is False
+  assert content["eos_token_id"] == 256
+
+
+def make_run(folder: pathlib.Path, model: ModelConfig) -> None:
+  """A workdir as training leaves it."""
+  config.save(folder, RunConfig(model=model))
+  checkpoints = Checkpoints(folder / workdir.CHECKPOINTS, CheckpointConfig())
+  params = jax.tree.map(
+    lambda x: jnp.arange(x.size, dtype=x.dtype).reshape(x.shape),
+    Definition(model).abstract(),
+  )
+  checkpoints.save(3, {"params": params})
+  checkpoints.close()
+
+
+def test_slstm_models_are_refused_with_the_reason(tmp_path, capsys):
+  model = ModelConfig(vocab_size=8, width=16, num_blocks=2, slstm_at=(1,))
+  make_run(tmp_path / "workdir", model)
+  code, stderr = run(
+    capsys,
+    "export",
+    f"--workdir={tmp_path / 'workdir'}",
+    f"--output={tmp_path / 'out'}",
+  )
+  assert code == 2
+  assert "slstm_at is (1,): it has no sLSTM blocks" in stderr
+  assert not (tmp_path / "out").exists()
+
+
+def test_the_tokenizer_is_taken_along(tmp_path, copied):
+  tokenizer = tokenizers.train(["some text"], 257)
+  tokenizer.save(tmp_path)
+  shutil.copy(tmp_path / "tokenizer.json", copied)
+  content = json.loads((copied / "config.json").read_text())
+  content["eos_token_id"] = 5
+  (copied / "config.json").write_text(json.dumps(content))
+  hf.import_folder(copied, tmp_path / "workdir")
+  assert tokenizers.load(tmp_path / "workdir").end_of_text == 5
+  hf.export_folder(tmp_path / "workdir", tmp_path / "out")
+  content = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert content["eos_token_id"] == 5
+  copy = (tmp_path / "out" / "tokenizer.json").read_bytes()
+  assert copy == (tmp_path / "tokenizer.json").read_bytes()
+
+
+def test_a_byte_model_comes_back_with_its_tokenizer(tmp_path):
+  hf.import_folder(SOURCE, tmp_path / "workdir")
+  tokenizers.ByteTokenizer().save(tmp_path / "workdir")
+  hf.export_folder(tmp_path / "workdir", tmp_path / "out")
+  hf.import_folder(tmp_path / "out", tmp_path / "again")
+  assert tokenizers.load(tmp_path / "again").kind == "byte"
+
+
+def test_an_unusable_tokenizer_is_named(tmp_path, copied):
+  (copied / "tokenizer.json").write_text("{}")
+  with pytest.raises(UserError, match=r"tokenizer.json is not a .*tokenizer"):
+    hf.import_folder(copied, tmp_path / "workdir")
+  assert not (tmp_path / "workdir").exists()
+
+
+def test_the_other_commands_find_imported_parameters(tmp_path):
+  hf.import_folder(SOURCE, tmp_path / "workdir")
+  mesh = sharding.make_mesh(sharding.MeshConfig())
+  model = trained.load(tmp_path / "workdir", step="latest", mesh=mesh)
+  assert model.step == 0
+  assert model.tokenizer_hash is None
+  cfg = config.load(tmp_path / "workdir")
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    model.params,
+    workdir.restore(tmp_path / "workdir", cfg),
+  )
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_folders_in_use_are_left_alone(tmp_path, capsys, command):
+  used = tmp_path / "used"
+  used.mkdir()
+  (used / "precious").write_text("mine")
+  words = {
+    "import": (f"--input={SOURCE}", f"--workdir={used}"),
+    "export": (f"--workdir={tmp_path}", f"--output={used}"),
+  }
+  code, stderr = run(capsys, command, *words[command])
+  assert code == 2
+  assert "not empty" in stderr
+  assert [path.name for path in used.iterdir()] == ["precious"]
+
+
+def test_a_refused_import_leaves_no_workdir(tmp_path, copied):
+  (copied / "config.json").write_text(
+    (copied / "config.json")
+    .read_text()
+    .replace('"vocab_size": 97', '"vocab_size": 98')
+  )
+  with pytest.raises(
+    UserError, match=r"embeddings.weight has shape \[97, 128\]"
+  ):
+    hf.import_folder(copied, tmp_path / "workdir")
+  assert not (tmp_path / "workdir").exists()
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "message"),
+  [
+    ("config.json", None, "no file"),
+    ("config.json", b"{", "not JSON"),
+    ("config.json", b"\xff\xfe", "cannot be read"),
+    ("config.json", b'{"model_type": "llama"}', "model_type is 'llama'"),
+    ("model.safetensors", b"\x80\x02cos\nsystem\n", "damaged"),
+  ],
+)
+def test_bad_folders_are_named(
+  tmp_path, capsys, copied, name, content, message
+):
+  path = copied / name
+  path.unlink(missing_ok=True)
+  (copied / tensor_files.INDEX).unlink(missing_ok=True)
+  if content is not None:
+    path.write_bytes(content)
+  code, stderr = run(
+    capsys, "import", f"--input={copied}", f"--workdir={tmp_path / 'workdir'}"
+  )
+  assert code == 2
+  assert stderr.startswith("error: ")
+  assert message in stderr
+
+
+@pytest.mark.parametrize(
+  ("text", "size"), [("5GB", 5 * 10**9), ("1mb", 10**6), ("12", 12)]
+)
+def test_sizes(text, size):
+  assert hf.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "5 GB", "GB", "-1", "0", "1TB"])
+def test_bad_sizes_are_named(text):
+  with pytest.raises(UserError, match="is no size"):
+    hf.parse_size(text)
+
+
+@pytest.mark.slow
+def test_the_command_runs_as_documented(tmp_path):
+  def command(*words):
+    return subprocess.run(
+      [sys.executable, "-m", "xlstm_jax.interop.hf", *words],
+      capture_output=True,
+      text=True,
+      check=False,
+      env=os.environ | {"XLA_FLAGS": ""},
+    )
+
+  done = command("import", f"--input={SOURCE}", f"--workdir={tmp_path / 'w'}")
+  assert done.returncode == 0, done.stderr
+  done = command(
+    "export", f"--workdir={tmp_path / 'w'}", f"--output={tmp_path / 'out'}"
+  )
+  assert done.returncode == 0, done.stderr
+  assert tensors(tmp_path / "out").keys() == tensors(SOURCE).keys()
+  done = command("import", f"--input={tmp_path}", "--workdir=nowhere")
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: ")
+  assert "Traceback" not in done.stderr

@@ -1,0 +1,117 @@
+"""Damaged files of every kind are read or refused, and a fault is seen."""
+
+import os
+import runpy
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from xlstm_jax.data import documents
+from xlstm_jax.errors import UserError
+from xlstm_jax.interop import tensor_files
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "fuzz.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+  return runpy.run_path(str(SCRIPT))
+
+
+def test_every_parser_reads_or_refuses_what_is_damaged(script, tmp_path):
+  counts, findings = script["fuzz"](tmp_path, inputs=3000, seed=0)
+  assert counts.keys() == script["TARGETS"].keys()
+  assert not findings
+  # Neither is all refused at the door, nor is nothing damaged.
+  assert sum(parsed for parsed, _ in counts.values()) > 300
+  assert sum(refused for _, refused in counts.values()) > 1000
+
+
+@pytest.mark.slow
+def test_many_damaged_files_are_read_or_refused(script, tmp_path):
+  _, findings = script["fuzz"](tmp_path, inputs=20_000, seed=1)
+  assert not findings
+
+
+def _recursive(folder):
+  return _recursive(folder)
+
+
+def _long_message(folder):
+  raise UserError("a" * 10_000)
+
+
+def _late(folder):
+  raise TimeoutError
+
+
+def _large(folder):
+  # Written to, as memory that is not does not count.
+  return os.urandom(2**20) * 900
+
+
+def _fine(folder):
+  return folder
+
+
+def _refusing(folder):
+  raise UserError("No.")
+
+
+@pytest.mark.parametrize(
+  ("parse", "outcome"),
+  [
+    (_fine, "parsed"),
+    (_refusing, "refused"),
+    (_recursive, "RecursionError"),
+    (_long_message, "a message of 10000 characters"),
+    (_late, "TimeoutError"),
+    (_large, "MiB of memory"),
+  ],
+)
+def test_what_goes_wrong_is_found(script, tmp_path, parse, outcome):
+  assert outcome in script["attempt"](parse, tmp_path)
+
+
+# What mutations hardly find.
+
+
+def read_all(path, limit):
+  inputs = documents.find([str(path)]).files
+  problems = []
+  for piece in documents.read(
+    inputs, documents.Place(), piece_bytes=2**20, max_document_bytes=limit
+  ):
+    problems += documents.parse(piece, max_document_bytes=limit)[1]
+  return problems
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+def test_a_bomb_of_one_line_is_dropped_in_pieces(script, tmp_path, kind):
+  """A GiB of text in a few KiB (gzip: a MiB) is never held as a whole."""
+  path = tmp_path / f"bomb.jsonl.{kind}"
+  if kind == "zst":
+    path.write_bytes(zstandard.ZstdCompressor().compress(b"a" * 2**20) * 1024)
+  else:
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    piece = b"a" * 2**24
+    parts = [packer.compress(piece) for _ in range(64)]
+    path.write_bytes(b"".join([*parts, packer.flush()]))
+  found = []
+  limit = 2**22
+  outcome = script["attempt"](
+    lambda folder: found.extend(read_all(path, limit)), tmp_path
+  )
+  assert outcome == "parsed"
+  assert [p.reason for p in found] == [f"longer than {limit} bytes"]
+
+
+@pytest.mark.parametrize("length", [2**60, 2**63, 2**64 - 1, 99_000_000])
+def test_a_header_larger_than_its_file_is_not_read(tmp_path, length):
+  path = tmp_path / "model.safetensors"
+  path.write_bytes(struct.pack("<Q", length) + b"{}")
+  with pytest.raises(UserError, match="header's length"):
+    tensor_files.open_file(path)

@@ -1,0 +1,67 @@
+"""The quickstart: its steps, where it stops, and the whole of it."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "quickstart.py"
+
+
+@pytest.fixture
+def script():
+  return runpy.run_path(str(SCRIPT))
+
+
+def names(steps):
+  return [
+    step[2].removeprefix("xlstm_jax.")
+    if step[1] == "-m"
+    else Path(step[1]).stem
+    for step in steps
+  ]
+
+
+def test_what_is_prepared_is_not_prepared_again(script, tmp_path):
+  rest = ["train", "evaluate", "generate", "plot_loss"]
+  all_steps = names(script["steps"](tmp_path, []))
+  assert all_steps == ["stdlib_corpus", "prepare", *rest]
+  (tmp_path / "data").mkdir()
+  (tmp_path / "data" / "manifest.json").touch()
+  assert names(script["steps"](tmp_path, [])) == rest
+
+
+def test_it_stops_where_a_step_fails(script, tmp_path, capfd):
+  missing = ["--", "--config.steps=0"]
+  (tmp_path / "data").mkdir()
+  (tmp_path / "data" / "manifest.json").touch()
+  assert script["main"]([f"--workdir={tmp_path}", *missing]) == 2
+  out, err = capfd.readouterr()
+  assert "xlstm_jax.evaluate" not in out
+  assert "ended with status 2" in err
+
+
+@pytest.mark.slow
+def test_the_whole_of_it_and_again(script, tmp_path, capfd, monkeypatch):
+  # One device, as on a newcomer's machine.
+  monkeypatch.delenv("XLA_FLAGS")
+  short = [
+    "--config.steps=6",
+    "--config.optim.warmup_steps=2",
+    "--config.model.width=32",
+  ]
+  arguments = [f"--workdir={tmp_path}", "--", *short]
+  assert script["main"](arguments) == 0
+  out, _ = capfd.readouterr()
+  assert "bits per byte" in out
+  assert (tmp_path / "loss.png").stat().st_size > 0
+  scored = json.loads((tmp_path / "heldout.json").read_text())
+  (data,) = scored["data"].values()
+  assert set(data["total"]["bits_per_byte_of"]) == {"unigram", "bigram"}
+  # What is done stays done.
+  assert script["main"](arguments) == 0
+  out, _ = capfd.readouterr()
+  assert "xlstm_jax.prepare" not in out
+  assert "is finished: 6 of 6 steps" in out

@@ -1,0 +1,252 @@
+"""Whole runs on prepared text: resumed, refused, initialised, interrupted."""
+
+import dataclasses
+import shutil
+import signal
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+from small_run import (
+  EXPERIMENT,
+  PATIENCE,
+  command,
+  environment,
+  final_items,
+  prepared,
+  run,
+  run_until,
+)
+
+from xlstm_jax import config, metrics, sharding
+from xlstm_jax.checkpoints import CheckpointConfig, Checkpoints
+from xlstm_jax.errors import UserError
+from xlstm_jax.train import loop, resume
+from xlstm_jax.train.interrupt import Interrupt
+from xlstm_jax.train.status import Status
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("loop")
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+  return prepared(folder, "data", "--tokenizer=byte")
+
+
+@pytest.fixture(scope="module")
+def arguments(folder, data):
+  """Of the command line, without the workdir."""
+  path = folder / "experiment.py"
+  path.write_text(EXPERIMENT)
+  return [
+    f"--config={path}",
+    f"--config.data.paths={data}",
+    f"--config.compilation_cache={folder / 'cache'}",
+  ]
+
+
+@pytest.fixture(scope="module")
+def cfg(arguments):
+  """The same run, in this process."""
+  path = arguments[0].removeprefix("--config=")
+  cfg = config.from_experiment(path, arguments[1:])
+  return dataclasses.replace(cfg, compilation_cache=None)
+
+
+@pytest.fixture(scope="module")
+def whole(folder, arguments):
+  """The workdir of a run that nothing interrupted."""
+  done = run(arguments, folder / "whole")
+  assert done.returncode == 0, done.stderr
+  assert "finished  step 60" in done.stdout
+  return folder / "whole"
+
+
+def test_a_run_that_is_killed_and_continued_is_the_same_bit_by_bit(
+  folder, arguments, cfg, whole
+):
+  workdir = folder / "killed"
+  # When step 16 begins to be saved, step 8 is.
+  code, _ = run_until(arguments, workdir, 17, signal.SIGKILL)
+  assert code == -signal.SIGKILL
+  saved = Checkpoints(workdir / "checkpoints").latest()
+  assert saved is not None
+  assert saved % 8 == 0
+  # A limit on the size of files stands for a full disk.
+  once = "--config.checkpoint.retries=0"
+  # Where compiling takes long, programs would be written too, and warn.
+  uncached = "--config.compilation_cache=none"
+  full = run(arguments, workdir, once, uncached, limit_kib=16)
+  assert full.returncode == 2
+  assert full.stderr.startswith("error: A checkpoint could not be written")
+  assert f"step {saved} is intact" in full.stderr
+  assert full.stderr.count("\n") == 1
+  code, output = run_until(arguments, workdir, 27, signal.SIGTERM)
+  assert code == Status.PREEMPTED
+  assert f"start     step {saved}, batch {saved} of the data" in output
+  stopped = Checkpoints(workdir / "checkpoints").latest()
+  assert f"stopped   step {stopped}, saved" in output
+  assert stopped is not None
+  assert 27 <= stopped < 60
+  done = run(arguments, workdir)
+  assert done.returncode == 0, done.stderr
+  assert f"start     step {stopped}, batch {stopped} of" in done.stdout
+
+  assert len(metrics.trajectory(whole)) == 60 + 4
+  assert metrics.trajectory(workdir) == metrics.trajectory(whole)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    final_items(workdir, cfg),
+    final_items(whole, cfg),
+  )
+
+
+def test_training_lowers_the_loss(whole):
+  records = [r for r in metrics.read(whole) if "loss" in r]
+  assert records[0]["loss"] == pytest.approx(np.log(257), rel=0.05)
+  assert records[-1]["loss"] < 0.75 * records[0]["loss"]
+  held_out = [r["eval_loss"] for r in metrics.read(whole) if "eval_loss" in r]
+  assert held_out == sorted(held_out, reverse=True)
+  assert held_out[-1] == pytest.approx(records[-1]["loss"], rel=0.1)
+
+
+def test_the_workdir_holds_what_is_needed_without_the_data(whole, cfg):
+  names = {path.name for path in whole.iterdir()}
+  assert names == {
+    *("checkpoints", "config.json", "metrics.jsonl", "tensorboard"),
+    *("goodput.json", "lock", "tokenizer_spec.json"),
+  }
+  same = dataclasses.replace(
+    config.load(whole), compilation_cache=cfg.compilation_cache
+  )
+  assert same == cfg
+  assert Checkpoints(whole / "checkpoints").best() == 60
+
+
+def test_a_finished_run_says_so(whole, cfg, capsys):
+  assert loop.train(cfg, whole) == 0
+  assert "is finished: 60 of 60 steps" in capsys.readouterr().out
+
+
+def test_changes_are_listed_and_applied(whole, cfg, capsys):
+  optim = dataclasses.replace(cfg.optim, peak_lr=0.5)
+  loop.train(dataclasses.replace(cfg, optim=optim), whole)
+  output = capsys.readouterr().out
+  assert "changed   optim.peak_lr: 0.001 -> 0.5" in output
+
+
+def test_a_workdir_of_another_model_is_refused(whole, cfg):
+  model = dataclasses.replace(cfg.model, width=32)
+  with pytest.raises(UserError, match=r"another model \(model.width: 16 -> 32"):
+    loop.train(dataclasses.replace(cfg, model=model), whole)
+
+
+def test_data_of_another_tokenizer_is_refused(folder, whole, cfg, tmp_path):
+  other = prepared(folder, "other", "--train-tokenizer=257")
+  changed = dataclasses.replace(
+    cfg, data=dataclasses.replace(cfg.data, paths=(other,))
+  )
+  with pytest.raises(UserError, match="trained with another tokenizer"):
+    loop.train(changed, whole)
+  changed = dataclasses.replace(changed, init_from=str(whole))
+  with pytest.raises(UserError, match="trained with another tokenizer"):
+    loop.train(changed, tmp_path / "run")
+
+
+def test_imported_parameters_are_no_run(whole, cfg, tmp_path):
+  params = final_items(whole, cfg)["params"]
+  checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
+  checkpoints.save(0, {"params": params})
+  checkpoints.close()
+  config.save(tmp_path, cfg)
+  with pytest.raises(UserError, match=r"--config\.init_from="):
+    loop.train(cfg, tmp_path)
+
+
+def test_wrong_places_are_named(cfg, tmp_path):
+  nothing = dataclasses.replace(cfg.data, paths=())
+  with pytest.raises(UserError, match=r"config\.data\.paths is empty"):
+    loop.train(dataclasses.replace(cfg, data=nothing), tmp_path / "run")
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="cannot be written"):
+    loop.train(cfg, tmp_path / "file")
+  nowhere = dataclasses.replace(cfg, init_from=str(tmp_path / "none"))
+  with pytest.raises(UserError, match="no workdir with checkpoints"):
+    loop.train(nowhere, tmp_path / "run")
+
+
+def test_given_parameters_start_a_fresh_run(folder, arguments, cfg, whole):
+  workdir = folder / "initialised"
+  more = [f"--config.init_from={whole}", "--config.profile=2,3"]
+  done = run(arguments, workdir, *more)
+  assert done.returncode == 0, done.stderr
+  assert f"start     parameters of {whole}, step 60" in done.stdout
+  first = metrics.read(workdir)[0]
+  params = jax.tree.leaves(final_items(whole, cfg)["params"])
+  norm = np.sqrt(sum(np.square(np.float64(p)).sum() for p in params))
+  assert first["step"] == 1
+  assert first["param_norm"] == pytest.approx(norm, rel=1e-5)
+  assert first["learning_rate"] == pytest.approx(cfg.optim.peak_lr / 5)
+  assert first["loss"] < 0.8 * metrics.read(whole)[0]["loss"]
+  assert list((workdir / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_mesh_and_batch_size(whole, cfg, tmp_path):
+  one = dataclasses.replace(
+    cfg,
+    mesh=sharding.MeshConfig(data=2, fsdp=2, tensor=2),
+    steps=70,
+    batch_size=16,
+    accumulation=4,
+  )
+  shutil.copytree(whole, tmp_path / "run")
+  assert loop.train(one, tmp_path / "run") == 0
+  records = [r for r in metrics.read(tmp_path / "run") if "loss" in r]
+  assert [r["step"] for r in records] == list(range(1, 71))
+  assert records[60]["loss"] < 1.1 * records[59]["loss"]
+  saved = Checkpoints(tmp_path / "run" / "checkpoints")
+  progress = saved.restore(70, {"progress": None})["progress"]
+  assert progress["windows"] == 60 * 8 + 10 * 16
+
+
+@pytest.mark.parametrize(
+  ("batch_size", "position"), [(8, 5), (4, 10), (16, 3), (40, 1), (64, 1)]
+)
+def test_another_batch_size_goes_on_behind_what_was_read(batch_size, position):
+  assert resume.next_batch(windows=5 * 8, batch_size=batch_size) == position
+
+
+def test_a_signal_before_the_first_step_ends_the_run(cfg, tmp_path, capsys):
+  stopped = Interrupt()
+  stopped.note("SIGTERM")
+  assert loop.train(cfg, tmp_path, stopped) == Status.PREEMPTED
+  stopped.close()
+  assert "stopped   before the first step" in capsys.readouterr().out
+  assert Checkpoints(tmp_path / "checkpoints").latest() is None
+
+
+@pytest.mark.slow
+def test_a_signal_during_the_imports_ends_the_run(arguments, tmp_path):
+  words = command(arguments, tmp_path / "run")
+  with subprocess.Popen(
+    [words[0], "-X", "importtime", *words[1:]],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=environment(),
+  ) as process:
+    assert process.stderr is not None
+    for line in process.stderr:
+      # The first of many that come after the handlers.
+      if line.endswith(" xlstm_jax.errors\n"):
+        break
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=PATIENCE)
+  assert process.returncode == Status.PREEMPTED
+  assert " jax\n" in errors[errors.index("SIGTERM: stopping") :]
+  assert "stopped   before the first step" in output

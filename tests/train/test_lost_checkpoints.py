@@ -1,0 +1,159 @@
+"""A run whose newest checkpoints are damaged, or whose data are other ones."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from xlstm_jax import checksums, config, prepare, sharding
+from xlstm_jax.checkpoints import CheckpointConfig, Checkpoints
+from xlstm_jax.config import RunConfig
+from xlstm_jax.data.pipeline import DataConfig
+from xlstm_jax.errors import UserError
+from xlstm_jax.layers.compute import Compute
+from xlstm_jax.mixers.mlstm import MLSTMConfig
+from xlstm_jax.models.config import ModelConfig
+from xlstm_jax.models.language_model import Definition
+from xlstm_jax.optim import OptimConfig
+from xlstm_jax.train import loop
+from xlstm_jax.train import state as states
+
+
+def prepared(corpus, output, *more):
+  arguments = [f"--input={corpus}", f"--output={output}", "--tokenizer=byte"]
+  assert prepare.main([*arguments, "--workers=1", *more]) == 0
+  return str(output)
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data")
+  corpus = folder / "text"
+  corpus.mkdir()
+  for n in range(9):
+    (corpus / f"{n}.txt").write_text(f"line {n} of many\n" * 40)
+  data = prepared(corpus, folder / "data", "--heldout-fraction=0")
+  return RunConfig(
+    model=ModelConfig(
+      vocab_size=257,
+      width=16,
+      num_blocks=1,
+      mlstm=MLSTMConfig(num_heads=2, round_to=16),
+    ),
+    data=DataConfig(paths=(data,), context=32),
+    optim=OptimConfig(warmup_steps=2),
+    compute=Compute(dtype="float32"),
+    checkpoint=CheckpointConfig(keep_latest=3, retries=1),
+    steps=8,
+    save_every=2,
+    log_every=1,
+    compilation_cache=None,
+  )
+
+
+@pytest.fixture(scope="module")
+def whole(cfg, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("run") / "whole"
+  assert loop.train(cfg, workdir) == 0
+  return workdir
+
+
+@pytest.fixture
+def workdir(whole, tmp_path):
+  return pathlib.Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def final_items(workdir, cfg):
+  mesh = sharding.make_mesh(cfg.mesh)
+  like = states.to_items(
+    states.abstract(Definition(cfg.model, cfg.compute), mesh)
+  )
+  return Checkpoints(workdir / "checkpoints").restore(cfg.steps, like)
+
+
+def damage(workdir, step):
+  folder = workdir / "checkpoints" / str(step) / "optimizer"
+  path = max(folder.rglob("d/*"), key=lambda path: path.stat().st_size)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+def test_a_run_goes_on_from_the_newest_good_checkpoint(
+  whole, workdir, cfg, capsys
+):
+  damage(workdir, 8)
+  damage(workdir, 6)
+  assert loop.train(cfg, workdir) == 0
+  output = capsys.readouterr().out
+  for step in (8, 6):
+    assert f"damaged   The checkpoint of step {step} in {workdir}" in output
+  assert "start     step 4, batch 4 of the data" in output
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    final_items(workdir, cfg),
+    final_items(whole, cfg),
+  )
+  names = {path.name for path in (workdir / "checkpoints").iterdir()}
+  assert names == {"4", "6", "8", "damaged-6", "damaged-8"}
+
+
+def test_a_run_without_any_good_checkpoint_does_not_begin_anew(workdir, cfg):
+  for step in (4, 6, 8):
+    damage(workdir, step)
+  before = (workdir / "metrics.jsonl").read_bytes()
+  with pytest.raises(UserError, match="No good checkpoint is left"):
+    loop.train(cfg, workdir)
+  assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_saves_by_the_clock_and_saves_that_are_made_again(
+  cfg, tmp_path, monkeypatch, capsys
+):
+  left = [1]
+  write = checksums.write
+
+  def fail(folder, names):
+    # The last step has no next one at which its save could be made again.
+    if left[0] and folder.name.startswith("4"):
+      left[0] -= 1
+      raise OSError(28, "No space left on device")
+    write(folder, names)
+
+  monkeypatch.setattr(checksums, "write", fail)
+  cfg = dataclasses.replace(cfg, save_every=1000, save_minutes=1e-6, steps=4)
+  assert loop.train(cfg, tmp_path) == 0
+  assert "save      failed (No space left on device)" in capsys.readouterr().out
+  assert Checkpoints(tmp_path / "checkpoints").steps() == [2, 3, 4]
+
+
+def test_other_data_under_the_same_name_are_refused(
+  workdir, cfg, tmp_path, capsys
+):
+  data = pathlib.Path(shutil.copytree(cfg.data.paths[0], tmp_path / "data"))
+  moved = dataclasses.replace(
+    cfg, data=dataclasses.replace(cfg.data, paths=(str(data),))
+  )
+  # The same data elsewhere are the same data.
+  config.save(workdir, moved)
+  assert loop.train(moved, workdir) == 0
+  manifest = json.loads((data / "manifest.json").read_text())
+  shutil.rmtree(data)
+  (tmp_path / "text").mkdir()
+  (tmp_path / "text" / "a.txt").write_text("another text " * 400)
+  prepared(tmp_path / "text", data, "--heldout-fraction=0")
+  assert json.loads((data / "manifest.json").read_text()) != manifest
+  with pytest.raises(
+    UserError, match=rf"{data} was prepared anew.*accept_changes=true"
+  ):
+    loop.train(moved, workdir)
+  capsys.readouterr()
+  accepting = dataclasses.replace(
+    moved, data=dataclasses.replace(moved.data, accept_changes=True)
+  )
+  assert loop.train(accepting, workdir) == 0
+  assert f"changed   {data}: prepared anew" in capsys.readouterr().out
