@@ -527,7 +527,7 @@ def attend(
         for part in range(parts):
           result = y[part].astype(BF16)
           if not tiles.stages:
-            y_ref.at[b, rows, h, output_columns(o, part)][...] = result
+            _write(y_ref.at[b, rows, h, output_columns(o, part)], result)
             continue
           for j in range(tiles.values // 64):
             place = pl.ds(o * tiles.outputs + part * tiles.values + j * 64, 64)
@@ -679,6 +679,17 @@ def _accumulate_onto(y, x, add, interpret):
 def _multiply(a, b_ref):
   a = a if isinstance(a, jax.Array) else a[...]
   return jnp.dot(a, b_ref[...], preferred_element_type=F32)
+
+
+def _write(target_ref, x):
+  """Writes x from registers, 16 bytes of every row at a time.
+
+  From 0.12 on jax wants to be told that whole sectors are not asked for.
+  """
+  if hasattr(plgpu, "store"):
+    plgpu.store(target_ref, x, optimized=False)
+  else:
+    target_ref[...] = x
 
 
 def _store(buffer_ref, x, target_ref, *, others=0):
