@@ -18,6 +18,16 @@ def accumulator(dtype: DTypeLike) -> jnp.dtype:
   return jnp.promote_types(dtype, jnp.float32)
 
 
+def multiplication(dtype: DTypeLike) -> jax.lax.Precision:
+  """How matrix products treat operands in `dtype`: as what they are.
+
+  By default accelerators round float32 operands to bfloat16 or TF32.
+  """
+  if dtype == accumulator(dtype):
+    return jax.lax.Precision.HIGHEST
+  return jax.lax.Precision.DEFAULT
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def product(
   spec: str, x: Float[Array, "..."], y: Float[Array, "..."], dtype: DTypeLike
@@ -32,7 +42,13 @@ def product(
 
   def narrow(x, y):
     x, y = x.astype(dtype), y.astype(dtype)
-    return jnp.einsum(spec, x, y, preferred_element_type=wide)
+    return jnp.einsum(
+      spec,
+      x,
+      y,
+      preferred_element_type=wide,
+      precision=multiplication(dtype),
+    )
 
   def rounded(x, y):
     x, y = _round(x.astype(wide), dtype), _round(y.astype(wide), dtype)

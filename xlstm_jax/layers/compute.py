@@ -11,6 +11,10 @@ What holds in which precision, whatever `dtype` is:
   convolution: products and sums                  fp32, result cast to `dtype`
   logits, soft caps, log-sum-exp, loss            fp32
 
+Products of fp32 operands are fp32 products on every device, which TPUs and GPUs
+otherwise make of rounded operands (bf16, TF32); it costs them speed only where
+`dtype` is float32, and in the small gate projections.
+
 With `dtype="float64"` every fp32 above is fp64: `wide` never narrows.
 """
 

@@ -1,9 +1,9 @@
 """Token embedding and vocabulary projection."""
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from xlstm_jax.cells.precision import product
 from xlstm_jax.layers import initializers
 from xlstm_jax.layers.compute import Compute
 from xlstm_jax.sharding import constrain
@@ -37,10 +37,8 @@ class Embedding(nnx.Module):
 def attend(
   weight_ZD: Float[Array, "Z D"], x_BTD: Float[Array, "B T D"]
 ) -> Float[Array, "B T Z"]:
-  """Inner products with every row, accumulated and returned in fp32."""
-  return jnp.einsum(
-    "BTD,ZD->BTZ",
-    x_BTD.astype(weight_ZD.dtype),
-    weight_ZD,
-    preferred_element_type=jnp.promote_types(weight_ZD.dtype, jnp.float32),
-  )
+  """Inner products with every row, accumulated and returned in fp32.
+
+  Their cotangents too are rounded to the weight's type as they are multiplied.
+  """
+  return product("BTD,ZD->BTZ", x_BTD, weight_ZD, weight_ZD.dtype)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from xlstm_jax.cells.precision import multiplication
 from xlstm_jax.layers import initializers
 from xlstm_jax.layers.compute import Compute, wide
 
@@ -52,7 +53,8 @@ class Linear(nnx.Module):
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The map of `x`, in the compute dtype (fp32 if `precise`)."""
     x = wide(x) if self.precise else x.astype(self.dtype)
-    y = jnp.einsum(self.equation, x, self.weight[...].astype(x.dtype))
+    weight = self.weight[...].astype(x.dtype)
+    y = jnp.einsum(self.equation, x, weight, precision=multiplication(x.dtype))
     return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 

@@ -219,11 +219,11 @@ class _BlockDiagonal(nnx.Module):
     inner = cfg.inner(width)
     block = cfg.qkv_block or inner
     self.blocks = inner // block
-    # N blocks, from I to O.
+    # N blocks, from I to O. A single one is split like any dense map.
     self.map = Linear(
       "BTNI,NIO->BTNO",
       (self.blocks, block, block),
-      ("inner", None, None),
+      ("inner", None, None) if self.blocks > 1 else (None, "width", "inner"),
       init=initializers.small(width),
       bias=bias,
       compute=compute,
@@ -232,4 +232,5 @@ class _BlockDiagonal(nnx.Module):
 
   def __call__(self, x_BTU):
     x_BTNI = x_BTU.reshape(*x_BTU.shape[:2], self.blocks, -1)
-    return self.map(x_BTNI).reshape(x_BTU.shape)
+    y_BTU = self.map(x_BTNI).reshape(x_BTU.shape)
+    return constrain(y_BTU, "batch", "time", "inner")

@@ -93,7 +93,7 @@ class SLSTM(nnx.Module):
     self.gates = Linear(
       "BTGHD,GHDE->BTGHE",
       (4, H, D, D),
-      (None, "heads", None, None),
+      (None, "heads", "width", None),
       init=initializers.small(width),
       precise=True,
       compute=compute,
@@ -105,7 +105,7 @@ class SLSTM(nnx.Module):
       recurrent = uniform
     self.recurrent = nnx.Param(
       recurrent(rngs.params(), (4, H, D, D), compute.param_dtype),
-      axes=(None, "heads", None, None),
+      axes=(None, "heads", "width", None),
     )
     if cfg.bias_init == "uniform":
       bias = uniform(rngs.params(), (4, H, D), compute.param_dtype)

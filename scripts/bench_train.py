@@ -1,0 +1,283 @@
+"""Times whole training steps: tokens/s, MFU and memory, one row beside another.
+
+  python scripts/bench_train.py --json=bench.json
+  python scripts/bench_train.py --model=1.3B --mesh=none --mesh=data=1
+  python scripts/bench_train.py --model=1.3B --mesh=data=1 --mesh=data=2 \\
+    --mesh=data=1,fsdp=2 --batch=8
+
+The step is the one that `train` runs (`xlstm_jax.train.step`), in bfloat16 with
+float32 parameters and AdamW, on random tokens. Rows are models x contexts x
+backends x meshes; each runs in a process of its own, and one that cannot run
+says why. --mesh=none is a plain `jax.jit` of the step without any sharding;
+a mesh uses as many devices as its sizes multiply to, and --batch is the rows of
+each of its data and fsdp shares.
+
+Times are medians over rounds. Two utilisations, of the chips' bf16 peak:
+"6N" counts 6 FLOPs per parameter and token (embeddings too), as the published
+rows do; "MFU" counts `models.counts.train_flops_per_token`: the matrix products
+and the causal half of the cells, three forward passes, no recomputation. Peak
+memory is the allocator's, of the first device.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from xlstm_jax import config, metrics, sharding
+from xlstm_jax.config import RunConfig
+from xlstm_jax.data.pipeline import DataConfig
+from xlstm_jax.errors import UserError, exit_code
+from xlstm_jax.layers.compute import Compute
+from xlstm_jax.models import counts, presets
+from xlstm_jax.models.config import ModelConfig
+from xlstm_jax.models.language_model import Definition
+from xlstm_jax.sharding import MeshConfig
+from xlstm_jax.train import state as states
+from xlstm_jax.train import step as steps
+
+
+def _heads(size: str, num_heads: int) -> ModelConfig:
+  """A size of the 7B architecture with the heads of another benchmark."""
+  cfg = presets.large(size)
+  mixer = dataclasses.replace(cfg.mlstm_large, num_heads=num_heads)
+  return dataclasses.replace(cfg, mlstm_large=mixer)
+
+
+MODELS = {
+  "165M": presets.large("165M"),
+  "1.3B": presets.large("1.3B"),
+  "125M-paper": presets.paper("125M"),
+  # The shapes of the published PyTorch rows: K=64, V=128 and K=128, V=256.
+  "165M-6heads": _heads("165M", 6),
+  "1.3B-8heads": _heads("1.3B", 8),
+}
+UNSHARDED = "none"
+ROUNDS, STEPS = 8, 4  # a round is timed as a whole
+TIME_LIMIT = 900  # seconds for a row, compilation included
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """What is timed; `mesh` as on the command line."""
+
+  model: str
+  context: int
+  backend: str
+  mesh: str
+  batch: int
+  remat: str
+
+  @property
+  def mesh_config(self) -> MeshConfig:
+    """The sizes of the mesh: one device if there is none."""
+    sizes = {"data": 1}
+    if self.mesh != UNSHARDED:
+      sizes |= mesh_sizes(self.mesh)
+    return MeshConfig(**sizes)
+
+  @property
+  def devices(self) -> int:
+    """How many it runs on."""
+    cfg = self.mesh_config
+    return math.prod(getattr(cfg, axis) for axis in sharding.AXES)
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+  """The sizes in text such as "data=2,fsdp=4"."""
+  pairs = [part.partition("=") for part in text.split(",")]
+  sizes = {axis: size for axis, _, size in pairs}
+  if not all(
+    axis in sharding.AXES and size.isdecimal() and int(size) > 0
+    for axis, size in sizes.items()
+  ):
+    raise UserError(
+      f"--mesh={text} must be {UNSHARDED!r} or sizes of "
+      f"{', '.join(sharding.AXES)}, such as data=2,fsdp=4."
+    )
+  return {axis: int(size) for axis, size in sizes.items()}
+
+
+def run_config(row: Row, model: ModelConfig) -> RunConfig:
+  """The training run of which a step is timed."""
+  mesh = row.mesh_config
+  return RunConfig(
+    model=model,
+    data=DataConfig(context=row.context),
+    mesh=mesh,
+    compute=Compute(mlstm_backend=row.backend, remat=row.remat),
+    batch_size=row.batch * mesh.data * mesh.fsdp,
+  )
+
+
+def bench(row: Row, model: ModelConfig) -> dict[str, Any]:
+  """One row of the table, in this process."""
+  devices = jax.devices()[: row.devices]
+  if len(devices) < row.devices:
+    raise UserError(
+      f"--mesh={row.mesh} needs {row.devices} devices; there are "
+      f"{len(devices)}."
+    )
+  cfg = run_config(row, model)
+  config.validate(cfg, None, row.devices)
+  definition = Definition(cfg.model, cfg.compute)
+  mesh = sharding.make_mesh(cfg.mesh, devices)
+  state = states.init(definition, mesh, seed=0)
+  if row.mesh == UNSHARDED:
+    state = jax.device_put(state, devices[0])
+    step = jax.jit(
+      functools.partial(
+        steps.train_step, definition=definition, cfg=cfg, mesh=mesh
+      ),
+      donate_argnums=0,
+    )
+    placed = [jax.device_put(b, devices[0]) for b in _batches(cfg)]
+    return _timed(row, cfg, step, state, placed)
+  with jax.set_mesh(mesh):
+    step = steps.compiled(definition, cfg, mesh)
+    where = sharding.batch_sharding(mesh)
+    placed = [jax.device_put(b, where) for b in _batches(cfg)]
+    return _timed(row, cfg, step, state, placed)
+
+
+def _batches(cfg: RunConfig) -> list[dict[str, np.ndarray]]:
+  """Random tokens, each row one document."""
+  rng = np.random.default_rng(0)
+  shape = (cfg.batch_size, cfg.data.context)
+  ids = rng.integers(0, cfg.model.vocab_size, (STEPS, 2, *shape), np.int32)
+  ones = np.ones(shape, np.int32)
+  return [{"inputs": x, "targets": y, "segments": ones} for x, y in ids]
+
+
+def _timed(row: Row, cfg: RunConfig, step, state, placed) -> dict[str, Any]:
+  started = time.perf_counter()
+  step = step.lower(state, placed[0]).compile()
+  compile_seconds = time.perf_counter() - started
+  rounds = []
+  for _ in range(ROUNDS + 1):
+    started = time.perf_counter()
+    for batch in placed:
+      state, measured = step(state, batch)
+    loss = float(measured["loss"])
+    rounds.append((time.perf_counter() - started) / len(placed))
+  if not math.isfinite(loss):
+    raise UserError(f"The loss is {loss} after {state.step} steps.")
+  seconds = statistics.median(rounds[1:])
+  tokens = cfg.batch_size * cfg.data.context / seconds
+  kind = jax.devices()[0].device_kind
+  peak = metrics.peak_flops(kind)
+  memory = jax.devices()[0].memory_stats() or {}
+  result = {
+    "device": kind,
+    "devices": row.devices,
+    "rows": cfg.batch_size,
+    "ms": seconds * 1e3,
+    "spread": (max(rounds[1:]) - min(rounds[1:])) / seconds,
+    "tokens_per_second": tokens,
+    "compile_seconds": compile_seconds,
+    "loss": loss,
+  }
+  if peak is not None:
+    share = tokens / (peak * row.devices)
+    flops = counts.train_flops_per_token(cfg.model, cfg.data.context)
+    result["mfu"] = share * flops
+    result["mfu_6n"] = share * 6 * counts.parameters(cfg.model)
+  if "peak_bytes_in_use" in memory:
+    result["peak_gib"] = memory["peak_bytes_in_use"] / 2**30
+  return result
+
+
+def in_process(row: Row) -> dict[str, Any]:
+  """`bench` in a process of its own, or why it did not finish."""
+  given = [f"--{name}={value}" for name, value in vars(row).items()]
+  try:
+    done = subprocess.run(
+      [sys.executable, __file__, *given, "--here"],
+      env=os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"},
+      capture_output=True,
+      text=True,
+      timeout=TIME_LIMIT,
+      check=False,
+    )
+  except subprocess.TimeoutExpired:
+    return {"failed": f"no result in {TIME_LIMIT} s"}
+  if done.returncode:
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return {"failed": last}
+  return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+HEAD = (
+  f"{'model':12} {'context':>7} {'backend':10} {'mesh':14} {'rows':>5} "
+  f"{'ms':>8} {'spread':>6} {'tokens/s':>9} {'6N':>6} {'MFU':>6} {'GiB':>6}"
+)
+
+
+def line(row: Row, result: dict[str, Any]) -> str:
+  """A row of the table."""
+  start = f"{row.model:12} {row.context:7} {row.backend:10} {row.mesh:14}"
+  if "failed" in result:
+    return f"{start} {result['failed'][:120]}"
+
+  def share(name):
+    return f"{result[name]:6.1%}" if name in result else f"{'-':>6}"
+
+  memory = result.get("peak_gib")
+  return (
+    f"{start} {result['rows']:5} {result['ms']:8.1f} {share('spread')} "
+    f"{result['tokens_per_second']:9.0f} {share('mfu_6n')} {share('mfu')} "
+    f"{'-' if memory is None else f'{memory:.1f}':>6}"
+  )
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+  add = parser.add_argument
+  add("--model", action="append", choices=MODELS)
+  add("--context", action="append", type=int, help="tokens of a row")
+  add("--backend", action="append", help="of the mLSTM cell")
+  add("--mesh", action="append", help="such as data=2,fsdp=4, or none")
+  add("--batch", type=int, default=8, help="rows per share of the mesh")
+  add("--remat", default="matmuls", choices=("none", "matmuls", "block"))
+  add("--json", type=pathlib.Path, help="where results go")
+  add("--here", action="store_true", help="one row, here, as JSON")
+  args = parser.parse_args(argv)
+  rows = [
+    Row(*each, batch=args.batch, remat=args.remat)
+    for each in itertools.product(
+      args.model or MODELS,
+      args.context or (2048, 8192),
+      args.backend or ("auto",),
+      args.mesh or ("data=1",),
+    )
+  ]
+  for mesh in args.mesh or ():
+    if mesh != UNSHARDED:
+      mesh_sizes(mesh)
+  if args.here:
+    print(json.dumps(bench(rows[0], MODELS[rows[0].model])))
+    return
+  print(HEAD)
+  results = []
+  for row in rows:
+    result = in_process(row)
+    results.append({**vars(row), **result})
+    print(line(row, result), flush=True)
+  if args.json:
+    args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  sys.exit(exit_code(main))
