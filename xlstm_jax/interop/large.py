@@ -8,9 +8,9 @@ import dataclasses
 from collections.abc import Container, Mapping
 from typing import Any, Literal
 
-from xlstm_jax.errors import UserError
+from xlstm_jax.errors import UserError, shown
 from xlstm_jax.interop.names import ALL, Format, Part, Tensor, tensor
-from xlstm_jax.interop.options import Options
+from xlstm_jax.interop.options import NO_CAP, Options
 from xlstm_jax.layers.feedforward import FeedForwardConfig
 from xlstm_jax.layers.norm import NormConfig
 from xlstm_jax.mixers.mlstm_large import MLSTMLargeConfig
@@ -123,28 +123,33 @@ def model_config(content: Mapping[str, Any]) -> ModelConfig:
   options.choice("model_type", {"xlstm": None}, "xlstm")
   for name in ("add_qk_norm", "add_post_norm"):
     options.refuse(name, "the format's own implementations do not have it")
+  _refuse_sigmoid_gates(options)
   bias = options.flag("use_bias", False)
   norm_eps = options.number("norm_eps", 1e-6)
   return ModelConfig(
-    vocab_size=options.integer("vocab_size", 50304 if hugging_face else None),
+    vocab_size=options.integer(
+      "vocab_size", 50304 if hugging_face else None, minimum=1
+    ),
     width=_size(options, "hidden_size", "embedding_dim", 4096, hugging_face),
     num_blocks=_size(
       options, "num_hidden_layers", "num_blocks", 32, hugging_face
     ),
     mlstm_block="large",
     mlstm_large=MLSTMLargeConfig(
-      num_heads=options.integer("num_heads", 8 if hugging_face else None),
-      qk_factor=options.number("qk_dim_factor", 0.5),
-      v_factor=options.number("v_dim_factor", 1.0),
+      num_heads=options.integer(
+        "num_heads", 8 if hugging_face else None, minimum=1
+      ),
+      qk_factor=options.factor("qk_dim_factor", 0.5),
+      v_factor=options.factor("v_dim_factor", 1.0),
       gate_cap=options.cap("gate_soft_cap", 15.0),
       eps=options.number("eps", 1e-6),
       bias=bias,
     ),
     feedforward=FeedForwardConfig(
-      factor=options.number(
+      factor=options.factor(
         "ffn_proj_factor", 2.667 if hugging_face else 2.6667
       ),
-      round_to=options.integer("ffn_round_up_to_multiple_of", 64),
+      round_to=options.integer("ffn_round_up_to_multiple_of", 64, minimum=1),
       rounding="floor",
       activation="silu",
       bias=bias,
@@ -200,9 +205,8 @@ def hugging_face_config(
     "eps": mixer.eps,
     "add_out_norm": True,
     "tie_word_embeddings": False,
-    # No cap is written as 0: the field must be a number.
-    "gate_soft_cap": mixer.gate_cap or 0.0,
-    "output_logit_soft_cap": cfg.logit_cap or 0.0,
+    "gate_soft_cap": _their_cap(mixer.gate_cap),
+    "output_logit_soft_cap": _their_cap(cfg.logit_cap),
     "weight_mode": weight_mode,
     "dtype": dtype,
     "torch_dtype": dtype,
@@ -212,9 +216,22 @@ def hugging_face_config(
   }
 
 
+def _refuse_sigmoid_gates(options: Options) -> None:
+  """The reference's kernels are named after the cell that they compute."""
+  for name, value in options.values.items():
+    if "kernel" in name and isinstance(value, str) and "siging" in value:
+      raise UserError(
+        f"{name[:100]} is {shown(value)}: this kernel computes a cell with a "
+        "sigmoid input gate, and imported models have the exponential one. If "
+        "the model was trained with that, name another kernel."
+      )
+
+
 def _size(options, name, alias, default, hugging_face) -> int:
   """A size that two options may give."""
-  given = {n: options.integer(n) for n in (name, alias) if options.has(n)}
+  given = {
+    n: options.integer(n, minimum=1) for n in (name, alias) if options.has(n)
+  }
   if len(set(given.values())) > 1:
     raise UserError(
       f"The configuration gives {name} as {given[name]} and {alias} as "
@@ -222,7 +239,7 @@ def _size(options, name, alias, default, hugging_face) -> int:
     )
   if given:
     return next(iter(given.values()))
-  return options.integer(name, default if hugging_face else None)
+  return options.integer(name, default if hugging_face else None, minimum=1)
 
 
 def their_factor(feedforward: FeedForwardConfig, width: int) -> float:
@@ -234,6 +251,10 @@ def their_factor(feedforward: FeedForwardConfig, width: int) -> float:
     if theirs.hidden(width) == hidden:
       return factor
   raise AssertionError(f"{feedforward} at width {width}")
+
+
+def _their_cap(cap: float | None) -> float:
+  return NO_CAP if cap is None else cap
 
 
 def _check_expressible(cfg: ModelConfig) -> None:
