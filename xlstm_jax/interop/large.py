@@ -20,6 +20,22 @@ WeightMode = Literal["single", "fused"]
 EMBEDDING = "backbone.embeddings.weight"
 HEAD = "lm_head.weight"
 _XLSTM_LARGE_EMBEDDING = "embedding.weight"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# How the reference runs a model. These are its defaults, whose kernels it has
+# on every machine.
+_RUNTIME = {
+  "chunkwise_kernel": "chunkwise--native_autograd",
+  "sequence_kernel": "native_sequence__native",
+  "step_kernel": "native",
+  "mode": "inference",
+  "chunk_size": 64,
+  "max_inference_chunksize": 16384,
+  "return_last_states": True,
+  "inference_state_dtype": "float32",
+  "norm_reduction_force_float32": True,
+  "use_cache": True,
+}
+KERNEL_DTYPE = "autocast_kernel_dtype"
 
 _BLOCK = (
   tensor("norm_mlstm.weight", "D -> D", "norm.scale"),
@@ -175,10 +191,29 @@ def end_of_text(content: Mapping[str, Any]) -> int | None:
   return first if type(first) is int else None
 
 
+def kept_options(content: Mapping[str, Any]) -> dict[str, Any] | None:
+  """What a `config.json` says beside the model; None of NX-AI's format."""
+  if not Options(content).has("model_type"):
+    return None
+  names = (*_RUNTIME, KERNEL_DTYPE, *TOKEN_IDS)
+  return {name: content[name] for name in names if name in content}
+
+
 def hugging_face_config(
-  cfg: ModelConfig, *, weight_mode: WeightMode, dtype: str
+  cfg: ModelConfig,
+  *,
+  weight_mode: WeightMode,
+  dtype: str,
+  kept: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """The `config.json` of an exported model.
+
+  Args:
+    cfg: the model.
+    weight_mode: whether joint projections are one tensor.
+    dtype: of the stored tensors.
+    kept: what else it says, from `kept_options`; None for upstream's
+      defaults and no special tokens.
 
   Raises:
     UserError: `xLSTMForCausalLM` cannot express the model; the message names
@@ -187,6 +222,9 @@ def hugging_face_config(
   _check_expressible(cfg)
   mixer, feedforward = cfg.mlstm_large, cfg.feedforward
   return {
+    **_RUNTIME,
+    KERNEL_DTYPE: dtype,
+    **(dict.fromkeys(TOKEN_IDS) if kept is None else kept),
     "architectures": ["xLSTMForCausalLM"],
     "model_type": "xlstm",
     "vocab_size": cfg.vocab_size,
@@ -201,7 +239,6 @@ def hugging_face_config(
     "ffn_round_up_to_multiple_of": feedforward.round_to,
     "use_bias": mixer.bias,
     "norm_eps": cfg.norm.eps,
-    "norm_reduction_force_float32": True,
     "eps": mixer.eps,
     "add_out_norm": True,
     "tie_word_embeddings": False,
@@ -210,9 +247,6 @@ def hugging_face_config(
     "weight_mode": weight_mode,
     "dtype": dtype,
     "torch_dtype": dtype,
-    "inference_state_dtype": "float32",
-    "return_last_states": True,
-    "use_cache": True,
   }
 
 

@@ -46,12 +46,12 @@ _ACTIVATIONS = {
   "sigmoid": "sigmoid",
   "selu": "selu",
 }
-_BIAS_INITS = {
+_BIAS_INITS: dict[str, Any] = {
   "powerlaw_blockdependent": "power_law",
   "small_init": "linspace",
   "standard": "uniform",
 }
-_RECURRENT_INITS = {"zeros": "zeros", "standard": "uniform"}
+_RECURRENT_INITS: dict[str, Any] = {"zeros": "zeros", "standard": "uniform"}
 
 _CONV = (
   tensor("xlstm.conv1d.conv.weight", "U 1 W -> WU", "mixer.conv.weight"),
