@@ -421,7 +421,7 @@ def rms_norm(x, w, name, eps):
 
 
 def soft_cap(x, cap):
-  return cap * np.tanh(x / cap) if cap else x
+  return x if cap is None else cap * np.tanh(x / cap)
 
 
 def sigmoid(x):

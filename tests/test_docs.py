@@ -4,6 +4,8 @@ import re
 import runpy
 from pathlib import Path
 
+from xlstm_jax.interop import paper
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -19,3 +21,26 @@ def test_links_between_pages_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
       if "://" not in target:
         assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_command_stands_in_the_readme():
+  readme = (ROOT / "README.md").read_text()
+  package = ROOT / "xlstm_jax"
+  commands = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in package.rglob("*.py")
+    if '__name__ == "__main__"' in path.read_text()
+  ]
+  assert len(commands) > 5
+  for command in commands:
+    name = command.removesuffix(".__main__")
+    assert re.search(rf"python -m {name}\s", readme), name
+
+
+def test_the_page_and_the_module_give_the_same_lines_to_save_a_state_dict():
+  page = (ROOT / "docs" / "interop.md").read_text()
+  lines = re.findall(r"^    .*$", paper.__doc__ or "", re.MULTILINE)
+  assert len(lines) == 3
+  to_save, to_import = lines[:2], lines[2]
+  assert "\n".join(to_save) in page
+  assert to_import in page

@@ -1,19 +1,27 @@
 """Configurations of other implementations, read and written."""
 
+import copy
 import dataclasses
+import itertools
 
 import golden
+import jax.numpy as jnp
+import numpy as np
+import oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from xlstm_jax.errors import UserError
 from xlstm_jax.interop import large, paper
+from xlstm_jax.interop.names import NameMap
 from xlstm_jax.layers.feedforward import FeedForwardConfig
+from xlstm_jax.layers.linear import soft_cap
 from xlstm_jax.layers.norm import NormConfig
 from xlstm_jax.mixers.mlstm_large import MLSTMLargeConfig
 from xlstm_jax.models import presets
 from xlstm_jax.models.config import ModelConfig
+from xlstm_jax.models.language_model import Definition
 
 SEVEN_BILLION = {"model_type": "xlstm", "num_heads": 8}
 SMALL = {
@@ -95,12 +103,52 @@ def test_options_of_the_two_7b_formats():
   assert theirs.head_norm.bias
 
 
-@pytest.mark.parametrize("none", [None, 0, 0.0, -1.0])
+@pytest.mark.parametrize("none", [None, 2**30, 2.0**30, 1e20])
 def test_caps_may_be_absent(none):
   content = SMALL | {"gate_soft_cap": none, "output_logit_soft_cap": none}
   cfg = large.model_config(content)
   assert cfg.mlstm_large.gate_cap is None
   assert cfg.logit_cap is None
+
+
+@pytest.mark.parametrize("name", ["gate_soft_cap", "output_logit_soft_cap"])
+@pytest.mark.parametrize("cap", [0.0, -1.0])
+def test_caps_that_give_no_number_are_refused(name, cap):
+  with pytest.raises(UserError, match=rf"{name} is {cap}; it must be above 0"):
+    large.model_config(SMALL | {name: cap})
+
+
+def test_an_exported_model_without_caps_is_one_where_caps_are_literal():
+  """Upstream computes `cap * tanh(x / cap)` with the number it is given."""
+  cfg = large.model_config(
+    SMALL | {"gate_soft_cap": None, "output_logit_soft_cap": None}
+  )
+  content = large.hugging_face_config(
+    cfg, weight_mode="single", dtype="float32"
+  )
+  rng = np.random.default_rng(0)
+  x = rng.choice([-1, 1], 10**5) * 2.0 ** rng.uniform(-60, 18, 10**5)
+  x = np.float32(x)
+  for name in ("gate_soft_cap", "output_logit_soft_cap"):
+    assert type(content[name]) is float
+    capped = oracle.soft_cap(x, np.float32(content[name]))
+    np.testing.assert_array_equal(capped, x)
+    ours = soft_cap(jnp.asarray(x), content[name])
+    np.testing.assert_array_equal(ours, x)
+
+
+@pytest.mark.parametrize(
+  ("name", "kernel"),
+  [
+    ("chunkwise_kernel", "chunkwise--triton_xl_chunk_siging"),
+    ("chunkwise_kernel", "parallel--native_siging_autograd"),
+    ("sequence_kernel", "native_sequence__native_siging"),
+    ("step_kernel", "triton_siging"),
+  ],
+)
+def test_kernels_of_the_sigmoid_gated_cell_are_refused(name, kernel):
+  with pytest.raises(UserError, match=f"{name} is '{kernel}'.* sigmoid input"):
+    large.model_config(SMALL | {name: kernel})
 
 
 @pytest.mark.parametrize(
@@ -117,6 +165,17 @@ def test_caps_may_be_absent(none):
     ({"add_qk_norm": True}, "add_qk_norm is True"),
     ({"add_post_norm": True}, "add_post_norm is True"),
     ({"hidden_size": 32}, "hidden_size as 32 and embedding_dim as 64"),
+    ({"num_heads": 0}, "num_heads is 0; it must be at least 1"),
+    ({"num_heads": -4}, "num_heads is -4; it must be at least 1"),
+    ({"num_heads": 10**30}, "num_heads is 10+; it must be at most 2147483647"),
+    ({"ffn_round_up_to_multiple_of": 0}, "multiple_of is 0; it must be at le"),
+    ({"ffn_proj_factor": 0}, "ffn_proj_factor is 0.0; it must be above 0"),
+    ({"ffn_proj_factor": 1e300}, r"factor is 1e\+300; .* at most 1000"),
+    ({"qk_dim_factor": -0.5}, "qk_dim_factor is -0.5; it must be above 0"),
+    ({"v_dim_factor": 1e300}, r"v_dim_factor is 1e\+300"),
+    ({"norm_eps": -1e-6}, "norm_eps is -1e-06; it must be at least 0"),
+    ({"eps": -1e-6}, "eps is -1e-06; it must be at least 0"),
+    ({"eps": float("nan")}, "eps is nan; it must be a finite number"),
     ({"num_heads": None}, "lacks num_heads"),
     ({"embedding_dim": None}, "lacks hidden_size"),
   ],
@@ -156,8 +215,8 @@ def test_hugging_face_configurations_survive_the_round_trip(data):
     "v_dim_factor": draw(st.floats(0.1, 2)),
     "ffn_proj_factor": draw(st.floats(0.5, 8)),
     "ffn_round_up_to_multiple_of": draw(st.sampled_from([1, 32, 64])),
-    "gate_soft_cap": draw(st.sampled_from([None, 0, 15.0, 3])),
-    "output_logit_soft_cap": draw(st.sampled_from([None, 0, 30.0])),
+    "gate_soft_cap": draw(st.sampled_from([None, 2.0**30, 15.0, 3])),
+    "output_logit_soft_cap": draw(st.sampled_from([None, 2**30, 30.0])),
     "norm_eps": draw(st.sampled_from([1e-6, 1e-5])),
     "eps": draw(st.sampled_from([1e-6, 1e-8])),
     "use_bias": draw(st.booleans()),
@@ -288,7 +347,16 @@ def test_rounding_down_gives_the_repositorys_size(width, factor, multiple):
     ("slstm", {"forward_clipval": 3.0}, "forward_clipval is 3.0"),
     ("slstm", {"gradient_recurrent_clipval": 1}, "recurrent_clipval is 1"),
     ("slstm", {"gradient_recurrent_cut": True}, "recurrent_cut is True"),
-    ("slstm", {"bias_init": "zeros"}, "bias_init is 'zeros'"),
+    ("slstm", {"num_heads": 0}, "slstm.num_heads is 0; it must be at least 1"),
+    ("slstm", {"conv1d_kernel_size": -1}, "slstm.conv1d_kernel_size is -1"),
+    ("slstm", {"bias_init": 0}, "bias_init is 0; it must be a string"),
+    ("feedforward", {"dropout": 1}, "feedforward.dropout is 1.0"),
+    ("feedforward", {"proj_factor": 0}, "feedforward.proj_factor is 0.0"),
+    (
+      "feedforward",
+      {"round_proj_up_to_multiple_of": 0, "round_proj_up_dim_up": False},
+      "feedforward.round_proj_up_to_multiple_of is 0; it must be at least 1",
+    ),
     ("feedforward", {"act_fn": "tanh"}, "feedforward.act_fn is 'tanh'"),
     ("feedforward", {"ff_type": "ffn"}, "ff_type is 'ffn'"),
     ("feedforward", None, "slstm_block.feedforward is null"),
@@ -304,11 +372,122 @@ def test_options_of_slstm_blocks_are_checked(section, changes, message):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
+    ({"num_heads": 0}, "num_heads is 0; it must be at least 1"),
+    ({"num_heads": -1}, "num_heads is -1"),
+    ({"proj_factor": 0.0}, "proj_factor is 0.0; it must be above 0"),
+    ({"proj_factor": -2}, "proj_factor is -2.0"),
+    ({"proj_factor": 1e300}, r"proj_factor is 1e\+300"),
+    ({"round_proj_up_to_multiple_of": 0}, "multiple_of is 0"),
+    ({"conv1d_kernel_size": -4}, "conv1d_kernel_size is -4; it must be at l"),
+    ({"qkv_proj_blocksize": -4}, "qkv_proj_blocksize is -4"),
+    ({"qkv_proj_blocksize": 0}, "qkv_proj_blocksize is 0"),
+  ],
+)
+def test_options_of_mlstm_blocks_are_checked(changes, message):
+  with pytest.raises(UserError, match=f"mlstm_block.mlstm.*{message}"):
+    paper.model_config(PAPER | {"mlstm_block": {"mlstm": changes}})
+
+
+@pytest.mark.parametrize(
+  ("name", "ours"),
+  [
+    ("powerlaw_blockdependent", "power_law"),
+    ("small_init", "linspace"),
+    ("standard", "uniform"),
+    ("zeros", "power_law"),
+    ("unheard_of", "power_law"),
+  ],
+)
+def test_any_initialisation_of_slstm_biases_imports(name, ours):
+  """Upstream has no check of the name, and imports replace the values."""
+  slstm = {"bias_init": name, "recurrent_weight_init": name}
+  block = PAPER["slstm_block"] | {"slstm": slstm}
+  cfg = paper.model_config(PAPER | {"slstm_block": block})
+  assert cfg.slstm.bias_init == ours
+  assert cfg.slstm.recurrent_init == (
+    "uniform" if name == "standard" else "zeros"
+  )
+
+
+NUMBERS = [0, -1, 2, 10**9, 10**30, 10**400, 0.0, 0.5, -1.0, 1e-300, 1e300]
+PAPER_NUMBERS = {
+  (): ("vocab_size", "embedding_dim", "num_blocks", "dropout"),
+  ("mlstm_block", "mlstm"): (
+    "num_heads",
+    "proj_factor",
+    "round_proj_up_to_multiple_of",
+    "conv1d_kernel_size",
+    "qkv_proj_blocksize",
+  ),
+  ("slstm_block", "slstm"): ("num_heads", "conv1d_kernel_size"),
+  ("slstm_block", "feedforward"): (
+    "proj_factor",
+    "round_proj_up_to_multiple_of",
+    "dropout",
+  ),
+}
+
+
+@pytest.mark.parametrize("up", [True, False])
+@pytest.mark.parametrize("section", PAPER_NUMBERS)
+def test_any_number_gives_a_paper_model_or_a_sentence(section, up):
+  refused = set()
+  for name, number in itertools.product(PAPER_NUMBERS[section], NUMBERS):
+    content = copy.deepcopy(PAPER)
+    place = content
+    for key in section:
+      place = place[key]
+    place |= {name: number} | ({} if up else {"round_proj_up_dim_up": False})
+    refused |= {name} if is_refused(paper, content) else set()
+  assert refused == set(PAPER_NUMBERS[section])
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "vocab_size",
+    "embedding_dim",
+    "num_blocks",
+    "num_heads",
+    "qk_dim_factor",
+    "v_dim_factor",
+    "ffn_proj_factor",
+    "ffn_round_up_to_multiple_of",
+    "gate_soft_cap",
+    "output_logit_soft_cap",
+    "norm_eps",
+    "eps",
+  ],
+)
+def test_any_number_gives_a_large_model_or_a_sentence(name):
+  refusals = [is_refused(large, SMALL | {name: number}) for number in NUMBERS]
+  assert any(refusals)
+  assert not all(refusals)
+
+
+def is_refused(form, content) -> bool:
+  """Whether no model and no shapes come of a configuration."""
+  form_args = {"weight_mode": "single"} if form is large else {}
+  try:
+    cfg = form.model_config(content)
+    abstract = Definition(cfg).abstract()
+    NameMap(form.tensor_format(**form_args), cfg, abstract)
+  except UserError:
+    return True
+  return False
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
     ({"vocab_size": None}, "lacks vocab_size"),
     ({"slstm_at": [7]}, r"\[7\]"),
     ({"slstm_at": "some"}, "slstm_at is 'some'"),
     ({"slstm_at": [1.5]}, r"slstm_at is \[1.5\]"),
     ({"dropout": "0.1"}, "dropout is '0.1'"),
+    ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
+    ({"dropout": -0.1}, "dropout is -0.1"),
+    ({"mlstm_cell_eps": -1.0}, "mlstm_cell_eps is -1.0"),
   ],
 )
 def test_options_of_paper_models_are_checked(changes, message):

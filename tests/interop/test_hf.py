@@ -19,7 +19,7 @@ from xlstm_jax.checkpoints import CheckpointConfig, Checkpoints
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data import tokenizer as tokenizers
 from xlstm_jax.errors import UserError
-from xlstm_jax.interop import hf, tensor_files, workdir
+from xlstm_jax.interop import hf, large, tensor_files, workdir
 from xlstm_jax.interop.names import NameMap
 from xlstm_jax.mixers.mlstm_large import MLSTMLargeConfig
 from xlstm_jax.models.config import ModelConfig
@@ -74,26 +74,163 @@ def test_round_trip_is_bit_exact(tmp_path, folder):
   hf.export_folder(
     tmp_path / "workdir",
     tmp_path / "out",
-    dtype=theirs["dtype"],
     max_shard_bytes=400_000 if sharded else 10**9,
   )
   assert_same(tensors(tmp_path / "out"), tensors(folder))
   assert (tmp_path / "out" / tensor_files.INDEX).exists() == sharded
   ours = json.loads((tmp_path / "out" / "config.json").read_text())
-  different = {k for k in ours if k in theirs and ours[k] != theirs[k]}
-  assert different <= {"bos_token_id", "eos_token_id", "pad_token_id"}
+  version = theirs.pop("transformers_version")
+  assert ours == theirs | {"torch_dtype": theirs["dtype"]}
+  generation = folder / hf.GENERATION
+  assert version in generation.read_text()
+  assert same_json(tmp_path / "out" / hf.GENERATION, generation)
 
 
-def test_bfloat16_round_trip_is_bit_exact(tmp_path):
-  bf16 = {
+def same_json(ours: pathlib.Path, theirs: pathlib.Path) -> bool:
+  return json.loads(ours.read_text()) == json.loads(theirs.read_text())
+
+
+def written(folder: pathlib.Path, content: dict, weights: dict) -> pathlib.Path:
+  """A checkpoint folder of one file."""
+  folder.mkdir()
+  save_file(weights, folder / "model.safetensors")
+  (folder / "config.json").write_text(json.dumps(content))
+  return folder
+
+
+@pytest.mark.parametrize(
+  ("stored", "asked", "exported"),
+  [
+    ("bfloat16", None, "bfloat16"),
+    ("bfloat16", "bfloat16", "bfloat16"),
+    ("bfloat16", "float32", "float32"),
+    ("float32", None, "float32"),
+    ("float32", "bfloat16", "bfloat16"),
+    ("float16", None, "float32"),
+    ("mixed", None, "float32"),
+  ],
+)
+def test_an_export_has_the_dtype_of_the_import(
+  tmp_path, stored, asked, exported
+):
+  """Without --dtype; what narrow types hold, wide ones hold as well."""
+  weights = {
     name: value.astype(jnp.bfloat16) for name, value in tensors(SOURCE).items()
   }
-  (tmp_path / "in").mkdir()
-  save_file(bf16, tmp_path / "in" / "model.safetensors")
-  shutil.copyfile(SOURCE / "config.json", tmp_path / "in" / "config.json")
-  hf.import_folder(tmp_path / "in", tmp_path / "workdir")
-  hf.export_folder(tmp_path / "workdir", tmp_path / "out", dtype="bfloat16")
-  assert_same(tensors(tmp_path / "out"), bf16)
+  if stored == "mixed":
+    weights["lm_head.weight"] = np.float32(weights["lm_head.weight"])
+  else:
+    weights = {k: value.astype(stored) for k, value in weights.items()}
+  content = json.loads((SOURCE / "config.json").read_text())
+  content["autocast_kernel_dtype"] = "of the import"
+  folder = written(tmp_path / "in", content, weights)
+  hf.import_folder(folder, tmp_path / "workdir")
+  argv = ["export", f"--workdir={tmp_path / 'workdir'}"]
+  argv += [f"--output={tmp_path / 'out'}"]
+  hf.main(argv + ([] if asked is None else [f"--dtype={asked}"]))
+  assert_same(
+    tensors(tmp_path / "out"),
+    {name: value.astype(exported) for name, value in weights.items()},
+  )
+  content = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert content["dtype"] == content["torch_dtype"] == exported
+  assert content["autocast_kernel_dtype"] == (
+    "of the import" if stored == exported else exported
+  )
+
+
+LARGE = {
+  "vocab_size": 31,
+  "embedding_dim": 16,
+  "num_blocks": 2,
+  "num_heads": 2,
+  "ffn_round_up_to_multiple_of": 8,
+}
+
+
+def numbers(content: dict, embedding: str, dtype) -> dict[str, np.ndarray]:
+  """Random tensors of the model of a `config.json`."""
+  cfg = large.model_config(content)
+  form = large.tensor_format(
+    embedding=embedding, weight_mode=large.weight_mode(content)
+  )
+  names = NameMap(form, cfg, Definition(cfg).abstract())
+  rng = np.random.default_rng(0)
+  return {
+    name: rng.normal(size=names.shape(name)).astype(dtype)
+    for name in names.pieces
+  }
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weight_mode", ["single", "fused"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_kind_of_folder_survives_two_round_trips(
+  tmp_path, bias, weight_mode, dtype, tied
+):
+  """Upstream ignores the flags of the last norm and the tied embedding."""
+  content = LARGE | {
+    "model_type": "xlstm",
+    "use_bias": bias,
+    "weight_mode": weight_mode,
+    "add_out_norm": not tied,
+    "tie_word_embeddings": tied,
+  }
+  weights = numbers(content, large.EMBEDDING, dtype)
+  assert ("backbone.blocks.1.ffn.proj_down.bias" in weights) == bias
+  assert "backbone.out_norm.weight" in weights
+  assert "backbone.out_norm.bias" not in weights
+  folder = written(tmp_path / "0", content, weights)
+  for turn in (1, 2):
+    hf.import_folder(folder, tmp_path / f"workdir{turn}")
+    folder = tmp_path / f"{turn}"
+    hf.export_folder(
+      tmp_path / f"workdir{turn}",
+      folder,
+      weight_mode=weight_mode,
+      max_shard_bytes=4000,
+    )
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    assert_same(tensors(folder), weights)
+
+
+def test_a_folder_of_xlstm_large_imports_through_the_command(tmp_path, capsys):
+  content = LARGE | {"use_bias": True, "mode": "train", "chunk_size": 16}
+  weights = numbers(content, "embedding.weight", "bfloat16")
+  assert "backbone.out_norm.bias" in weights
+  folder = written(tmp_path / "in", content, weights)
+  target = tmp_path / "workdir"
+  code, stderr = run(
+    capsys, "import", f"--input={folder}", f"--workdir={target}"
+  )
+  assert (code, stderr) == (0, "")
+  cfg = config.load(target)
+  assert cfg.model == large.model_config(content)
+  form = large.tensor_format(embedding="embedding.weight", weight_mode="single")
+  names = NameMap(form, cfg.model, Definition(cfg.model).abstract())
+  params = workdir.restore(target, cfg)
+  for name, value in weights.items():
+    ours = names.value(params, name)
+    np.testing.assert_array_equal(ours, value.astype(np.float32))
+
+
+def test_an_xlstm_large_model_exports_with_the_defaults_of_hugging_face(
+  tmp_path,
+):
+  """Of how to run it, and of ids: its own configuration means another code."""
+  content = LARGE | {"mode": "train", "chunk_size": 16, "eos_token_id": 7}
+  weights = numbers(content, "embedding.weight", "float32")
+  folder = written(tmp_path / "in", content, weights)
+  hf.import_folder(folder, tmp_path / "workdir")
+  hf.export_folder(tmp_path / "workdir", tmp_path / "out")
+  ours = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert ours["mode"] == "inference"
+  assert ours["chunk_size"] == 64
+  assert ours["chunkwise_kernel"] == "chunkwise--native_autograd"
+  assert ours["autocast_kernel_dtype"] == "float32"
+  assert ours["eos_token_id"] is None
+  assert not (tmp_path / "out" / hf.GENERATION).exists()
 
 
 def test_a_rounded_tensor_is_no_round_trip(tmp_path, monkeypatch):
@@ -157,7 +294,9 @@ def test_a_tied_model_exports_its_embedding_twice(tmp_path):
   )
   content = json.loads((tmp_path / "out" / "config.json").read_text())
   assert content["tie_word_embeddings"] is False
+  assert content["bos_token_id"] == 256
   assert content["eos_token_id"] == 256
+  assert content["pad_token_id"] == 256
 
 
 def make_run(folder: pathlib.Path, model: ModelConfig) -> None:
@@ -191,13 +330,15 @@ def test_the_tokenizer_is_taken_along(tmp_path, copied):
   tokenizer.save(tmp_path)
   shutil.copy(tmp_path / "tokenizer.json", copied)
   content = json.loads((copied / "config.json").read_text())
-  content["eos_token_id"] = 5
+  content["eos_token_id"] = [5, 6]
   (copied / "config.json").write_text(json.dumps(content))
   hf.import_folder(copied, tmp_path / "workdir")
   assert tokenizers.load(tmp_path / "workdir").end_of_text == 5
   hf.export_folder(tmp_path / "workdir", tmp_path / "out")
   content = json.loads((tmp_path / "out" / "config.json").read_text())
-  assert content["eos_token_id"] == 5
+  assert content["eos_token_id"] == [5, 6]
+  assert content["bos_token_id"] == 0
+  assert (tmp_path / "out" / hf.GENERATION).exists()
   copy = (tmp_path / "out" / "tokenizer.json").read_bytes()
   assert copy == (tmp_path / "tokenizer.json").read_bytes()
 
@@ -206,8 +347,22 @@ def test_a_byte_model_comes_back_with_its_tokenizer(tmp_path):
   hf.import_folder(SOURCE, tmp_path / "workdir")
   tokenizers.ByteTokenizer().save(tmp_path / "workdir")
   hf.export_folder(tmp_path / "workdir", tmp_path / "out")
+  content = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert [content[name] for name in large.TOKEN_IDS] == [256] * 3
+  assert not (tmp_path / "out" / hf.GENERATION).exists()
   hf.import_folder(tmp_path / "out", tmp_path / "again")
   assert tokenizers.load(tmp_path / "again").kind == "byte"
+
+
+def test_ids_that_a_folder_leaves_to_upstream_are_left_to_it(tmp_path, copied):
+  content = json.loads((copied / "config.json").read_text())
+  del content["eos_token_id"]
+  (copied / "config.json").write_text(json.dumps(content))
+  hf.import_folder(copied, tmp_path / "workdir")
+  hf.export_folder(tmp_path / "workdir", tmp_path / "out")
+  ours = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert "eos_token_id" not in ours
+  assert ours["pad_token_id"] == 1
 
 
 def test_an_unusable_tokenizer_is_named(tmp_path, copied):

@@ -1,5 +1,6 @@
 """The name maps: exact both ways, onto any mesh, in little memory."""
 
+import dataclasses
 import tracemalloc
 
 import golden
@@ -266,6 +267,14 @@ def test_misshapen_and_too_precise_tensors_are_named(tmp_path):
   double = tensors | {"lm_head.weight": np.zeros((32, 16))}
   with pytest.raises(UserError, match=r"lm_head.weight is float64"):
     names.check(stored(double, tmp_path))
+
+
+def test_tensors_of_nothing_are_named(tmp_path):
+  tiny = MLSTMLargeConfig(num_heads=4, qk_factor=1e-9)
+  cfg = dataclasses.replace(SMALL, mlstm_large=tiny)
+  names = name_map(cfg, large.tensor_format(weight_mode="single"))
+  with pytest.raises(UserError, match=r"q.weight has shape \[0, 16\] and hold"):
+    names.check(stored(numbered(names), tmp_path))
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])

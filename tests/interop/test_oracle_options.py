@@ -108,7 +108,7 @@ LARGE_OPTIONS = {
   "bias": {"use_bias": True},
   "fused": {"weight_mode": "fused"},
   "fused_bias": {"weight_mode": "fused", "use_bias": True},
-  "no_caps": {"gate_soft_cap": None, "output_logit_soft_cap": 0},
+  "no_caps": {"gate_soft_cap": None, "output_logit_soft_cap": 2.0**30},
   "low_caps": {"gate_soft_cap": 2.0, "output_logit_soft_cap": 1.5},
   "no_last_norm": {"add_out_norm": False},
   "eps": {"norm_eps": 1e-3, "eps": 1e-3},

@@ -8,7 +8,7 @@ import argparse
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,13 @@ from xlstm_jax import config
 from xlstm_jax.errors import UserError, exit_code
 from xlstm_jax.interop import large, tensor_files, workdir
 from xlstm_jax.interop.names import Format, NameMap
+from xlstm_jax.interop.options import Options
 from xlstm_jax.interop.tensor_files import StoredTensor
 from xlstm_jax.models.config import ModelConfig
 from xlstm_jax.models.language_model import Definition, Params
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 _DTYPES = {
   "float32": tensor_files.DTYPES["F32"],
   "bfloat16": tensor_files.DTYPES["BF16"],
@@ -62,6 +64,7 @@ def import_folder(source: pathlib.Path, target: pathlib.Path) -> ModelConfig:
     form,
     stored,
     end_of_text=large.end_of_text(content),
+    kept=_kept(source, content, stored),
   )
   return cfg
 
@@ -71,40 +74,75 @@ def export_folder(
   target: pathlib.Path,
   *,
   step: int | None = None,
-  dtype: str = "float32",
+  dtype: str | None = None,
   weight_mode: large.WeightMode = "single",
   max_shard_bytes: int = 5 * 10**9,
 ) -> None:
   """Writes the model of the workdir `source` as the checkpoint `target`.
+
+  Args:
+    source: the workdir.
+    target: empty or missing.
+    step: of the checkpoint; None for the latest.
+    dtype: of the stored tensors; None for that of the imported ones, and
+      float32 where nothing was imported.
+    weight_mode: whether joint projections are one tensor.
+    max_shard_bytes: see `tensor_files.write_folder`.
 
   Raises:
     UserError: the format cannot express the model, or `target` is in use.
   """
   workdir.require_empty(target)
   run = config.load(source)
-  content = large.hugging_face_config(
-    run.model, weight_mode=weight_mode, dtype=dtype
-  )
-  params = workdir.restore(source, run, step)
   tokenizer = workdir.read_tokenizer(source)
+  kept = Options(workdir.read_kept(source))
+  names = {name: name for name in _DTYPES}
+  stored_as: str = dtype or kept.choice("dtype", names, "float32")
+  content = large.hugging_face_config(
+    run.model,
+    weight_mode=weight_mode,
+    dtype=stored_as,
+    kept=kept.sub("options").values if kept.has("options") else None,
+  )
+  generation = kept.sub("generation").values
+  if stored_as != kept.values.get("dtype"):
+    content[large.KERNEL_DTYPE] = stored_as
   end_of_text = None if tokenizer is None else tokenizer.end_of_text
-  content |= {
-    "bos_token_id": end_of_text,
-    "eos_token_id": end_of_text,
-    "pad_token_id": end_of_text,
-  }
+  # What was kept may be of another tokenizer than the workdir has by now.
+  if end_of_text not in (None, large.end_of_text(content)):
+    content |= dict.fromkeys(large.TOKEN_IDS, end_of_text)
+    generation = {}
+  params = workdir.restore(source, run, step)
   target.mkdir(parents=True, exist_ok=True)
   write_tensors(
     target,
     run.model,
     params,
-    dtype=_DTYPES[dtype],
+    dtype=_DTYPES[stored_as],
     weight_mode=weight_mode,
     max_shard_bytes=max_shard_bytes,
   )
   if tokenizer is not None:
     tokenizer.save(target)
+  if generation:
+    tensor_files.write_json(target / GENERATION, generation)
   tensor_files.write_json(target / CONFIG, content)
+
+
+def _kept(
+  source: pathlib.Path,
+  content: Mapping[str, Any],
+  stored: Mapping[str, StoredTensor],
+) -> dict[str, Any]:
+  """What an export of the workdir says again, beside the model."""
+  kept: dict[str, Any] = {"options": large.kept_options(content)}
+  dtypes = {found.spec.dtype for found in stored.values()}
+  for name, dtype in _DTYPES.items():
+    if dtypes == {dtype}:
+      kept["dtype"] = name
+  if (source / GENERATION).exists():
+    kept["generation"] = tensor_files.read_json(source / GENERATION)
+  return kept
 
 
 def write_tensors(
@@ -187,8 +225,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
   add.add_argument(
     "--dtype",
     choices=list(_DTYPES),
-    default="float32",
-    help="of the stored tensors (default: %(default)s)",
+    help="of the stored tensors (default: what an imported folder had, else "
+    "float32)",
   )
   add.add_argument(
     "--weight-mode",

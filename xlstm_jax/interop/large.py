@@ -8,9 +8,9 @@ import dataclasses
 from collections.abc import Container, Mapping
 from typing import Any, Literal
 
-from xlstm_jax.errors import UserError
+from xlstm_jax.errors import UserError, shown
 from xlstm_jax.interop.names import ALL, Format, Part, Tensor, tensor
-from xlstm_jax.interop.options import Options
+from xlstm_jax.interop.options import NO_CAP, Options
 from xlstm_jax.layers.feedforward import FeedForwardConfig
 from xlstm_jax.layers.norm import NormConfig
 from xlstm_jax.mixers.mlstm_large import MLSTMLargeConfig
@@ -20,6 +20,22 @@ WeightMode = Literal["single", "fused"]
 EMBEDDING = "backbone.embeddings.weight"
 HEAD = "lm_head.weight"
 _XLSTM_LARGE_EMBEDDING = "embedding.weight"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# How the reference runs a model. These are its defaults, whose kernels it has
+# on every machine.
+_RUNTIME = {
+  "chunkwise_kernel": "chunkwise--native_autograd",
+  "sequence_kernel": "native_sequence__native",
+  "step_kernel": "native",
+  "mode": "inference",
+  "chunk_size": 64,
+  "max_inference_chunksize": 16384,
+  "return_last_states": True,
+  "inference_state_dtype": "float32",
+  "norm_reduction_force_float32": True,
+  "use_cache": True,
+}
+KERNEL_DTYPE = "autocast_kernel_dtype"
 
 _BLOCK = (
   tensor("norm_mlstm.weight", "D -> D", "norm.scale"),
@@ -123,28 +139,33 @@ def model_config(content: Mapping[str, Any]) -> ModelConfig:
   options.choice("model_type", {"xlstm": None}, "xlstm")
   for name in ("add_qk_norm", "add_post_norm"):
     options.refuse(name, "the format's own implementations do not have it")
+  _refuse_sigmoid_gates(options)
   bias = options.flag("use_bias", False)
   norm_eps = options.number("norm_eps", 1e-6)
   return ModelConfig(
-    vocab_size=options.integer("vocab_size", 50304 if hugging_face else None),
+    vocab_size=options.integer(
+      "vocab_size", 50304 if hugging_face else None, minimum=1
+    ),
     width=_size(options, "hidden_size", "embedding_dim", 4096, hugging_face),
     num_blocks=_size(
       options, "num_hidden_layers", "num_blocks", 32, hugging_face
     ),
     mlstm_block="large",
     mlstm_large=MLSTMLargeConfig(
-      num_heads=options.integer("num_heads", 8 if hugging_face else None),
-      qk_factor=options.number("qk_dim_factor", 0.5),
-      v_factor=options.number("v_dim_factor", 1.0),
+      num_heads=options.integer(
+        "num_heads", 8 if hugging_face else None, minimum=1
+      ),
+      qk_factor=options.factor("qk_dim_factor", 0.5),
+      v_factor=options.factor("v_dim_factor", 1.0),
       gate_cap=options.cap("gate_soft_cap", 15.0),
       eps=options.number("eps", 1e-6),
       bias=bias,
     ),
     feedforward=FeedForwardConfig(
-      factor=options.number(
+      factor=options.factor(
         "ffn_proj_factor", 2.667 if hugging_face else 2.6667
       ),
-      round_to=options.integer("ffn_round_up_to_multiple_of", 64),
+      round_to=options.integer("ffn_round_up_to_multiple_of", 64, minimum=1),
       rounding="floor",
       activation="silu",
       bias=bias,
@@ -170,10 +191,29 @@ def end_of_text(content: Mapping[str, Any]) -> int | None:
   return first if type(first) is int else None
 
 
+def kept_options(content: Mapping[str, Any]) -> dict[str, Any] | None:
+  """What a `config.json` says beside the model; None of NX-AI's format."""
+  if not Options(content).has("model_type"):
+    return None
+  names = (*_RUNTIME, KERNEL_DTYPE, *TOKEN_IDS)
+  return {name: content[name] for name in names if name in content}
+
+
 def hugging_face_config(
-  cfg: ModelConfig, *, weight_mode: WeightMode, dtype: str
+  cfg: ModelConfig,
+  *,
+  weight_mode: WeightMode,
+  dtype: str,
+  kept: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """The `config.json` of an exported model.
+
+  Args:
+    cfg: the model.
+    weight_mode: whether joint projections are one tensor.
+    dtype: of the stored tensors.
+    kept: what else it says, from `kept_options`; None for upstream's
+      defaults and no special tokens.
 
   Raises:
     UserError: `xLSTMForCausalLM` cannot express the model; the message names
@@ -182,6 +222,9 @@ def hugging_face_config(
   _check_expressible(cfg)
   mixer, feedforward = cfg.mlstm_large, cfg.feedforward
   return {
+    **_RUNTIME,
+    KERNEL_DTYPE: dtype,
+    **(dict.fromkeys(TOKEN_IDS) if kept is None else kept),
     "architectures": ["xLSTMForCausalLM"],
     "model_type": "xlstm",
     "vocab_size": cfg.vocab_size,
@@ -196,25 +239,33 @@ def hugging_face_config(
     "ffn_round_up_to_multiple_of": feedforward.round_to,
     "use_bias": mixer.bias,
     "norm_eps": cfg.norm.eps,
-    "norm_reduction_force_float32": True,
     "eps": mixer.eps,
     "add_out_norm": True,
     "tie_word_embeddings": False,
-    # No cap is written as 0: the field must be a number.
-    "gate_soft_cap": mixer.gate_cap or 0.0,
-    "output_logit_soft_cap": cfg.logit_cap or 0.0,
+    "gate_soft_cap": _their_cap(mixer.gate_cap),
+    "output_logit_soft_cap": _their_cap(cfg.logit_cap),
     "weight_mode": weight_mode,
     "dtype": dtype,
     "torch_dtype": dtype,
-    "inference_state_dtype": "float32",
-    "return_last_states": True,
-    "use_cache": True,
   }
+
+
+def _refuse_sigmoid_gates(options: Options) -> None:
+  """The reference's kernels are named after the cell that they compute."""
+  for name, value in options.values.items():
+    if "kernel" in name and isinstance(value, str) and "siging" in value:
+      raise UserError(
+        f"{name[:100]} is {shown(value)}: this kernel computes a cell with a "
+        "sigmoid input gate, and imported models have the exponential one. If "
+        "the model was trained with that, name another kernel."
+      )
 
 
 def _size(options, name, alias, default, hugging_face) -> int:
   """A size that two options may give."""
-  given = {n: options.integer(n) for n in (name, alias) if options.has(n)}
+  given = {
+    n: options.integer(n, minimum=1) for n in (name, alias) if options.has(n)
+  }
   if len(set(given.values())) > 1:
     raise UserError(
       f"The configuration gives {name} as {given[name]} and {alias} as "
@@ -222,7 +273,7 @@ def _size(options, name, alias, default, hugging_face) -> int:
     )
   if given:
     return next(iter(given.values()))
-  return options.integer(name, default if hugging_face else None)
+  return options.integer(name, default if hugging_face else None, minimum=1)
 
 
 def their_factor(feedforward: FeedForwardConfig, width: int) -> float:
@@ -234,6 +285,10 @@ def their_factor(feedforward: FeedForwardConfig, width: int) -> float:
     if theirs.hidden(width) == hidden:
       return factor
   raise AssertionError(f"{feedforward} at width {width}")
+
+
+def _their_cap(cap: float | None) -> float:
+  return NO_CAP if cap is None else cap
 
 
 def _check_expressible(cfg: ModelConfig) -> None:

@@ -128,8 +128,8 @@ class NameMap:
     """Refuses a checkpoint that is not of this model.
 
     Raises:
-      UserError: a tensor is missing, unknown, misshapen, or of a dtype that
-        our parameters cannot hold exactly.
+      UserError: a tensor is missing, unknown, misshapen, empty, or of a dtype
+        that our parameters cannot hold exactly.
     """
     missing, unknown = (
       set(self.pieces) - set(stored),
@@ -150,6 +150,11 @@ class NameMap:
         raise UserError(
           f"{name} has shape {list(found.spec.shape)}; the checkpoint's "
           f"configuration makes it {list(self.shape(name))}."
+        )
+      if 0 in found.spec.shape:
+        raise UserError(
+          f"{name} has shape {list(found.spec.shape)} and holds nothing: a "
+          "factor of the checkpoint's configuration is too small."
         )
       for piece in self.pieces[name]:
         ours = self.abstract[piece.path].dtype

@@ -5,12 +5,21 @@ from typing import Any
 
 from xlstm_jax.errors import UserError, shown
 
+# A soft cap from here on is none. It stands for that where null may not, as in
+# Hugging Face's configuration, whose model computes cap * tanh(x / cap) with
+# any cap. Division by a power of two is exact, and in float32 tanh(y) is y up
+# to |y| = 2**-12, so that x up to |x| = 2**18 comes back bit by bit.
+NO_CAP = 2.0**30
+# Far beyond any model, and their products far from any overflow.
+_MAX_INTEGER = 2**31 - 1
+_MAX_FACTOR = 1000
+
 
 class Options:
   """A JSON object whose values are read with their type and default.
 
   A method without a default raises `UserError` where the option is missing;
-  all do where it has another type.
+  all do where it has another type or is out of range.
 
   Args:
     values: the object.
@@ -29,30 +38,49 @@ class Options:
     """True or false."""
     return self._get(name, default, (bool,), "true or false")
 
-  def integer(self, name: str, default: int | None = None) -> int:
-    """A whole number."""
-    return self._get(name, default, (int,), "a whole number")
+  def integer(
+    self, name: str, default: int | None = None, *, minimum: int
+  ) -> int:
+    """A whole number of `minimum` or more."""
+    value = self._get(name, default, (int,), "a whole number")
+    self._checked(name, value, value >= minimum, f"at least {minimum}")
+    return self._checked(
+      name, value, value <= _MAX_INTEGER, f"at most {_MAX_INTEGER}"
+    )
 
   def number(self, name: str, default: float | None = None) -> float:
-    """Any number."""
-    value = self._get(name, default, (int, float), "a number")
-    # Beyond this an integer has no float.
-    if not abs(value) < 2**1023:
-      raise UserError(
-        f"{self.section}{name} is {shown(value)}; it must be a finite number."
-      )
-    return float(value)
+    """A number of 0 or more."""
+    value = self._finite(name, default)
+    return self._checked(name, value, value >= 0, "at least 0")
+
+  def rate(self, name: str, default: float | None = None) -> float:
+    """A probability below 1."""
+    value = self._finite(name, default)
+    return self._checked(name, value, 0 <= value < 1, "at least 0 and below 1")
+
+  def factor(self, name: str, default: float | None = None) -> float:
+    """A size relative to another one."""
+    value = self._finite(name, default)
+    return self._checked(
+      name,
+      value,
+      0 < value <= _MAX_FACTOR,
+      f"above 0 and at most {_MAX_FACTOR}",
+    )
 
   def text(self, name: str, default: str | None = None) -> str:
     """A string."""
     return self._get(name, default, (str,), "a string")
 
   def cap(self, name: str, default: float) -> float | None:
-    """A soft cap: null, or a number that is not positive, means none."""
+    """A soft cap; null, or a number of `NO_CAP` or more, means none."""
     if name in self.values and self.values[name] is None:
       return None
-    cap = self.number(name, default)
-    return cap if cap > 0 else None
+    cap = self._finite(name, default)
+    self._checked(
+      name, cap, cap > 0, f"above 0, or null or {NO_CAP:.0f} for no cap"
+    )
+    return cap if cap < NO_CAP else None
 
   def choice(self, name: str, meanings: Mapping[str, Any], default: str) -> Any:
     """What one of the strings in `meanings` means."""
@@ -77,6 +105,20 @@ class Options:
         f"{self.section}{name} is {shown(self.values[name])}: {reason}."
       )
 
+  def _finite(self, name: str, default: float | None) -> float:
+    value = self._get(name, default, (int, float), "a number")
+    # Beyond this an integer has no float.
+    return float(
+      self._checked(name, value, abs(value) < 2**1023, "a finite number")
+    )
+
+  def _checked(self, name: str, value: Any, holds: bool, what: str) -> Any:
+    if not holds:
+      raise UserError(
+        f"{self.section}{name} is {shown(value)}; it must be {what}."
+      )
+    return value
+
   def _get(self, name: str, default: Any, kinds: tuple, what: str) -> Any:
     value = self.values.get(name)
     if value is None:
@@ -84,8 +126,6 @@ class Options:
     if value is None:
       raise UserError(f"The configuration lacks {self.section}{name}, {what}.")
     is_flag = isinstance(value, bool) and bool not in kinds
-    if is_flag or not isinstance(value, kinds):
-      raise UserError(
-        f"{self.section}{name} is {shown(value)}; it must be {what}."
-      )
-    return value
+    return self._checked(
+      name, value, isinstance(value, kinds) and not is_flag, what
+    )

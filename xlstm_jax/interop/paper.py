@@ -46,12 +46,12 @@ _ACTIVATIONS = {
   "sigmoid": "sigmoid",
   "selu": "selu",
 }
-_BIAS_INITS = {
+_BIAS_INITS: dict[str, Any] = {
   "powerlaw_blockdependent": "power_law",
   "small_init": "linspace",
   "standard": "uniform",
 }
-_RECURRENT_INITS = {"zeros": "zeros", "standard": "uniform"}
+_RECURRENT_INITS: dict[str, Any] = {"zeros": "zeros", "standard": "uniform"}
 
 _CONV = (
   tensor("xlstm.conv1d.conv.weight", "U 1 W -> WU", "mixer.conv.weight"),
@@ -195,13 +195,13 @@ def model_config(content: Mapping[str, Any]) -> ModelConfig:
       project does not have.
   """
   options = Options(content)
-  width = options.integer("embedding_dim")
-  num_blocks = options.integer("num_blocks")
+  width = options.integer("embedding_dim", minimum=1)
+  num_blocks = options.integer("num_blocks", minimum=1)
   slstm_at = _slstm_at(options, num_blocks)
   slstm = options.sub("slstm_block").sub("slstm")
   norm = NormConfig("layer", 1e-5, "offset")
   return ModelConfig(
-    vocab_size=options.integer("vocab_size"),
+    vocab_size=options.integer("vocab_size", minimum=1),
     width=width,
     num_blocks=num_blocks,
     slstm_at=slstm_at,
@@ -214,7 +214,7 @@ def model_config(content: Mapping[str, Any]) -> ModelConfig:
     head_norm=norm,
     out_norm=options.flag("add_post_blocks_norm", True),
     tie_embeddings=options.flag("tie_weights", False),
-    dropout=options.number("dropout", 0.0),
+    dropout=options.rate("dropout", 0.0),
     embedding_dropout=options.flag("add_embedding_dropout", False),
   )
 
@@ -233,13 +233,13 @@ def _slstm_at(options: Options, num_blocks: int) -> tuple[int, ...]:
 
 def _mlstm(options: Options, width: int) -> MLSTMConfig:
   mlstm = options.sub("mlstm_block").sub("mlstm")
-  round_to = mlstm.integer("round_proj_up_to_multiple_of", 64)
+  round_to = mlstm.integer("round_proj_up_to_multiple_of", 64, minimum=1)
   return MLSTMConfig(
-    num_heads=mlstm.integer("num_heads", 4),
+    num_heads=mlstm.integer("num_heads", 4, minimum=1),
     factor=_factor(mlstm, 2.0, width, round_to),
     round_to=round_to,
-    conv_window=mlstm.integer("conv1d_kernel_size", 4),
-    qkv_block=mlstm.integer("qkv_proj_blocksize", 4),
+    conv_window=mlstm.integer("conv1d_kernel_size", 4, minimum=0),
+    qkv_block=mlstm.integer("qkv_proj_blocksize", 4, minimum=1),
     # A constant upstream, and a key of configurations that change it.
     eps=options.number("mlstm_cell_eps", 1e-6),
     bias=options.flag("bias", False),
@@ -256,12 +256,15 @@ def _slstm(slstm: Options) -> SLSTMConfig:
   )
   return SLSTMConfig(
     cell=slstm.choice("function", {"slstm": "slstm", "lstm": "lstm"}, "slstm"),
-    num_heads=slstm.integer("num_heads", 4),
-    conv_window=slstm.integer("conv1d_kernel_size", 4),
-    recurrent_init=slstm.choice(
-      "recurrent_weight_init", _RECURRENT_INITS, "zeros"
+    num_heads=slstm.integer("num_heads", 4, minimum=1),
+    conv_window=slstm.integer("conv1d_kernel_size", 4, minimum=0),
+    # Upstream takes any name here, "zeros" for one; to an import it is nothing.
+    recurrent_init=_RECURRENT_INITS.get(
+      slstm.text("recurrent_weight_init", "zeros"), "zeros"
     ),
-    bias_init=slstm.choice("bias_init", _BIAS_INITS, "powerlaw_blockdependent"),
+    bias_init=_BIAS_INITS.get(
+      slstm.text("bias_init", "powerlaw_blockdependent"), "power_law"
+    ),
     head_norm_scale=slstm.flag("group_norm_weight", True),
   )
 
@@ -275,19 +278,19 @@ def _feedforward(options: Options, width: int) -> FeedForwardConfig:
     )
   feedforward = block.sub("feedforward")
   feedforward.choice("ff_type", {"ffn_gated": None}, "ffn_gated")
-  round_to = feedforward.integer("round_proj_up_to_multiple_of", 64)
+  round_to = feedforward.integer("round_proj_up_to_multiple_of", 64, minimum=1)
   return FeedForwardConfig(
     factor=_factor(feedforward, 1.3, width, round_to),
     round_to=round_to,
     activation=feedforward.choice("act_fn", _ACTIVATIONS, "gelu"),
     bias=feedforward.flag("bias", False),
-    dropout=feedforward.number("dropout", 0.0),
+    dropout=feedforward.rate("dropout", 0.0),
   )
 
 
 def _factor(options: Options, default: float, width: int, round_to: int):
   """The projection factor; it makes our rounding up give their size."""
-  factor = options.number("proj_factor", default)
+  factor = options.factor("proj_factor", default)
   if options.flag("round_proj_up_dim_up", True):
     return factor
   size = math.floor(factor * width / round_to) * round_to

@@ -1,6 +1,7 @@
 """Workdirs as this project's commands know them, from and to other formats."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,12 +12,13 @@ from xlstm_jax.config import RunConfig
 from xlstm_jax.data import tokenizer as tokenizers
 from xlstm_jax.errors import UserError
 from xlstm_jax.interop.names import Format, NameMap
-from xlstm_jax.interop.tensor_files import StoredTensor
+from xlstm_jax.interop.tensor_files import StoredTensor, read_json, write_json
 from xlstm_jax.models.config import ModelConfig
 from xlstm_jax.models.language_model import Definition, Params
 from xlstm_jax.sharding import MeshConfig
 
 CHECKPOINTS = "checkpoints"
+_KEPT = "imported.json"
 # Parameters are split over all devices, so that the largest models fit.
 _MESH = MeshConfig(data=1, fsdp=-1)
 
@@ -29,6 +31,7 @@ def create(
   stored: dict[str, StoredTensor],
   *,
   end_of_text: int | None = None,
+  kept: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes a workdir with the parameters of a checkpoint as step 0.
 
@@ -42,6 +45,7 @@ def create(
     stored: its tensors.
     end_of_text: id of the token that ends a text; None for the tokenizer's
       usual one.
+    kept: JSON that `read_kept` gives back.
 
   Raises:
     UserError: the checkpoint is not of this model, its tokenizer is unusable,
@@ -62,6 +66,8 @@ def create(
   checkpoints.close()
   if tokenizer is not None:
     tokenizer.save(workdir)
+  if kept is not None:
+    write_json(workdir / _KEPT, kept)
   # Last: with it, the folder is a workdir.
   config.save(workdir, run)
 
@@ -87,6 +93,16 @@ def restore(
   params = checkpoints.restore(step, {"params": abstract})["params"]
   checkpoints.close()
   return params
+
+
+def read_kept(workdir: pathlib.Path) -> dict[str, Any]:
+  """What the import that made a workdir kept, if one did.
+
+  Raises:
+    UserError: it is damaged.
+  """
+  path = workdir / _KEPT
+  return read_json(path) if path.exists() else {}
 
 
 def require_empty(folder: pathlib.Path) -> None:
