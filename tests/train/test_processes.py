@@ -21,10 +21,9 @@ from small_run import (
   run,
 )
 
-from xlstm_jax import config, metrics, sharding
+from xlstm_jax import config, metrics
 from xlstm_jax.errors import UserError
-from xlstm_jax.sharding import MeshConfig
-from xlstm_jax.train import feed, processes
+from xlstm_jax.train import processes
 from xlstm_jax.train.processes import Processes
 
 
@@ -109,40 +108,6 @@ def test_nobody_to_answer_and_no_port_to_listen_on_are_told():
     port = taken.getsockname()[1]
     with pytest.raises(UserError, match=f"cannot listen on port {port}"):
       processes.join(Processes(f"localhost:{port}", 2, 0, join_seconds=1))
-
-
-@pytest.mark.parametrize(
-  ("mesh", "devices", "expected"),
-  [
-    (MeshConfig(), range(8), (0, 1)),
-    (MeshConfig(), range(4), (0, 2)),
-    (MeshConfig(), range(4, 8), (1, 2)),
-    (MeshConfig(data=2, fsdp=2, tensor=2), range(2, 4), (1, 4)),
-    (MeshConfig(data=1, tensor=8), range(4, 8), (0, 1)),
-    (MeshConfig(data=2, sequence=4), range(4, 8), (1, 2)),
-  ],
-)
-def test_a_process_reads_the_rows_of_its_devices(
-  mesh, devices, expected, monkeypatch
-):
-  where = sharding.batch_sharding(sharding.make_mesh(mesh))
-  everything = where.devices_indices_map((16, 8))
-  held = {d: at for d, at in everything.items() if d.id in devices}
-  monkeypatch.setattr(
-    type(where), "addressable_devices_indices_map", lambda *_: held
-  )
-  assert feed.share(where, (16, 8)) == expected
-
-
-def test_rows_that_are_scattered_are_refused(monkeypatch):
-  where = sharding.batch_sharding(sharding.make_mesh(MeshConfig()))
-  everything = where.devices_indices_map((16, 8))
-  held = {d: at for d, at in everything.items() if d.id in (0, 5)}
-  monkeypatch.setattr(
-    type(where), "addressable_devices_indices_map", lambda *_: held
-  )
-  with pytest.raises(UserError, match=r"\[0, 1, 10, 11\]"):
-    feed.share(where, (16, 8))
 
 
 def together(arguments, workdir, *more):
