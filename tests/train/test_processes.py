@@ -1,15 +1,19 @@
 """Several processes: how they meet, and that they train as one does."""
 
 import argparse
+import dataclasses
 import os
 import shutil
 import socket
 import subprocess
 import threading
+import time
+import types
 
 import jax
 import numpy as np
 import pytest
+from jax._src.clusters import cloud_tpu_cluster
 from small_run import (
   EXPERIMENT,
   PATIENCE,
@@ -22,9 +26,21 @@ from small_run import (
 )
 
 from xlstm_jax import config, metrics
+from xlstm_jax.config import LimitsConfig
 from xlstm_jax.errors import UserError
 from xlstm_jax.train import processes
+from xlstm_jax.train.peers import Missing
 from xlstm_jax.train.processes import Processes
+from xlstm_jax.train.status import Status
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+  """None but that of a test is seen, also where these run under one."""
+  launchers = ("SLURM_", "OMPI_", "KUBERNETES_", "TPU_", "JAX_COORDINATOR_")
+  for name in os.environ:
+    if name.startswith(launchers):
+      monkeypatch.delenv(name)
 
 
 def parsed(*arguments):
@@ -37,9 +53,8 @@ def test_flags_say_which_process_this_is():
   assert parsed() is None
   assert parsed("--coordinator=auto") == Processes("auto")
   assert parsed(
-    *("--coordinator=[::1]:80", "--processes=3", "--process=2"),
-    *("--join-seconds=7", "--heartbeat-seconds=9"),
-  ) == Processes("[::1]:80", 3, 2, 7, 9)
+    "--coordinator=[::1]:80", "--processes=3", "--process=2"
+  ) == Processes("[::1]:80", 3, 2)
 
 
 @pytest.mark.parametrize(
@@ -57,57 +72,205 @@ def test_flags_that_do_not_fit_are_refused(arguments, message):
     parsed(*arguments)
 
 
+# Nobody comes in any case.
+SOON = LimitsConfig(join_seconds=1)
+
+
 def test_the_waits_reach_the_coordination_service(monkeypatch):
   given = []
   monkeypatch.setattr(
     jax.distributed, "initialize", lambda *_, **waits: given.append(waits)
   )
-  monkeypatch.setattr(processes, "_call_the_roll", lambda _: None)
-  processes.join(Processes("auto", None, None, 7, 9))
-  processes.join(Processes("localhost:1", 2, 0, 7, 9))
-  assert given == 2 * [
+  limits = LimitsConfig(join_seconds=7, heartbeat_seconds=9)
+  processes.join(Processes(f"localhost:{free_port()}", 1, 0), limits)
+  assert given == [
     {"initialization_timeout": 7, "heartbeat_timeout_seconds": 9}
   ]
+  for key in ("join_seconds", "heartbeat_seconds"):
+    none = dataclasses.replace(limits, **{key: 0})
+    with pytest.raises(UserError, match=f"limits.{key} is 0; it must be at"):
+      processes.join(Processes("localhost:1", 1, 0), none)
 
 
-def test_no_launcher_is_an_error(monkeypatch):
-  def nothing(**_):
-    raise ValueError("coordinator_address should be defined.")
+class Roll:
+  """The socket of process 0, whose time is over after so many calls."""
 
-  monkeypatch.setattr(jax.distributed, "initialize", nothing)
-  with pytest.raises(UserError, match="found no launcher"):
-    processes.join(Processes("auto"))
+  def __init__(self, server, calls, over):
+    self._server, self._calls, self._over = server, calls, over
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._server.close()
+
+  def settimeout(self, _):
+    self._server.settimeout(PATIENCE)
+
+  def accept(self):
+    if not self._calls:
+      self._over.set()
+      raise TimeoutError
+    self._calls -= 1
+    return self._server.accept()
 
 
-def test_the_missing_are_named_to_all_who_came():
+def test_the_missing_are_named_to_all_who_came(monkeypatch):
   coordinator = f"localhost:{free_port()}"
+  listening, over = threading.Event(), threading.Event()
+
+  def listen(address, really=processes._listening):
+    roll = Roll(really(address), 2, over)
+    listening.set()
+    return roll
+
+  clock = types.SimpleNamespace(
+    monotonic=lambda: 2.0 * PATIENCE if over.is_set() else 0.0, sleep=time.sleep
+  )
+  monkeypatch.setattr(processes, "_listening", listen)
+  monkeypatch.setattr(processes, "time", clock)
+  limits = LimitsConfig(join_seconds=PATIENCE)
   errors = {}
 
   def come(index):
-    with pytest.raises(UserError) as error:
-      processes.join(Processes(coordinator, 4, index, join_seconds=3))
+    with pytest.raises(Missing) as error:
+      processes.join(Processes(coordinator, 4, index), limits)
     errors[index] = str(error.value)
 
   threads = [threading.Thread(target=come, args=[n]) for n in (0, 2)]
   for thread in threads:
     thread.start()
+  assert listening.wait(PATIENCE)
   # Whatever else calls on that port.
   with socket.create_connection(coordinator.split(":")) as stranger:
     stranger.sendall(b"GET / HTTP/1.1\n")
   for thread in threads:
     thread.join(PATIENCE)
   assert errors[0] == errors[2]
-  assert "Of 4 processes these did not join within 3 s: 1, 3;" in errors[0]
+  assert f"did not join within {PATIENCE} s: 1, 3; look" in errors[0]
 
 
 def test_nobody_to_answer_and_no_port_to_listen_on_are_told():
   coordinator = f"localhost:{free_port()}"
-  with pytest.raises(UserError, match=f"did not answer at {coordinator}"):
-    processes.join(Processes(coordinator, 2, 1, join_seconds=0))
+  with pytest.raises(
+    Missing, match=f"did not answer at {coordinator} within 1"
+  ):
+    processes.join(Processes(coordinator, 2, 1), SOON)
   with socket.create_server(("", 0)) as taken:
     port = taken.getsockname()[1]
     with pytest.raises(UserError, match=f"cannot listen on port {port}"):
-      processes.join(Processes(f"localhost:{port}", 2, 0, join_seconds=1))
+      processes.join(Processes(f"localhost:{port}", 2, 0), SOON)
+
+
+def slurm(index, count, port):
+  """What Slurm tells a task of a step on this machine and others."""
+  return {
+    "SLURM_JOB_ID": "1234",
+    "SLURM_STEP_NODELIST": "localhost,other[1-2]",
+    "SLURM_NTASKS": str(count),
+    "SLURM_PROCID": str(index),
+    "SLURM_LOCALID": "0",
+    "JAX_COORDINATOR_PORT": str(port),
+  }
+
+
+def tpu(index, count, port):
+  """What GKE tells a host of a TPU slice."""
+  hosts = ["localhost", *(f"other{n}" for n in range(1, count))]
+  return {
+    "TPU_WORKER_HOSTNAMES": ",".join(hosts),
+    "TPU_WORKER_ID": str(index),
+    "TPU_SKIP_MDS_QUERY": "true",
+    "JAX_COORDINATOR_PORT": str(port),
+    "MEGASCALE_COORDINATOR_ADDRESS": "",
+    "MEGASCALE_NUM_SLICES": "",
+    "MEGASCALE_SLICE_ID": "",
+  }
+
+
+@pytest.mark.parametrize("launcher", [slurm, tpu])
+def test_a_launcher_is_asked_before_the_others_are_awaited(
+  launcher, monkeypatch
+):
+  given = []
+  monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+  monkeypatch.setattr(
+    jax.distributed, "initialize", lambda *which, **_: given.append(which)
+  )
+
+  def join(index, count):
+    port = free_port()
+    with monkeypatch.context() as patched:
+      for name, value in launcher(index, count, port).items():
+        patched.setenv(name, value)
+      processes.join(Processes("auto"), SOON)
+    return f"localhost:{port}"
+
+  with pytest.raises(Missing, match=r"Of 3 processes these did not .* 1, 2;"):
+    join(0, 3)
+  with pytest.raises(Missing, match="Process 0 did not answer at localhost:"):
+    join(2, 3)
+  assert not given
+  alone = join(0, 1)
+  assert given == [(alone, 1, 0)]
+
+
+@pytest.mark.parametrize(
+  ("launcher", "error", "message"),
+  [
+    ({}, UserError, "found no launcher"),
+    (slurm(0, "many", 1), UserError, "not understand its launcher .*'many'"),
+    (
+      {**tpu(1, 2, 1), "TPU_WORKER_HOSTNAMES": "no.such.host.invalid,b"},
+      Missing,
+      "did not find process 0 .*no.such.host.invalid",
+    ),
+  ],
+)
+def test_a_launcher_that_does_not_tell_is_an_error(
+  launcher, error, message, monkeypatch
+):
+  monkeypatch.setattr(
+    cloud_tpu_cluster, "running_in_cloud_tpu_vm", "TPU_WORKER_ID" in launcher
+  )
+  for name, value in launcher.items():
+    monkeypatch.setenv(name, value)
+  with pytest.raises(error, match=message):
+    processes.join(Processes("auto"), SOON)
+
+
+@pytest.mark.parametrize(
+  ("index", "message"),
+  [
+    (0, "error: Of 2 processes these did not join within 1 s: 1; look at"),
+    (1, "error: Process 0 did not answer at localhost:"),
+  ],
+)
+@pytest.mark.parametrize("auto", [True, False], ids=["auto", "explicit"])
+def test_a_host_that_never_comes_is_status_4(tmp_path, index, message, auto):
+  path = tmp_path / "experiment.py"
+  path.write_text(EXPERIMENT)
+  port = free_port()
+  coordinator = ["--coordinator=auto"]
+  if not auto:
+    coordinator = [
+      f"--coordinator=localhost:{port}",
+      *("--processes=2", f"--process={index}"),
+    ]
+  done = subprocess.run(
+    command(
+      [f"--config={path}", "--config.limits.join_seconds=1", *coordinator],
+      tmp_path / "run",
+    ),
+    env=os.environ | (slurm(index, 2, port) if auto else {}),
+    capture_output=True,
+    text=True,
+    timeout=PATIENCE,
+    check=False,
+  )
+  assert done.returncode == Status.HUNG, done.stderr
+  assert done.stderr.startswith(message)
+  assert done.stderr.count("\n") == 1
 
 
 def together(arguments, workdir, *more):
