@@ -374,7 +374,10 @@ def test_two_processes_train_as_one(arguments, tmp_path):
 @pytest.mark.parametrize(
   "options",
   [
-    ("mesh.fsdp=2", "mesh.tensor=2", "mesh.sequence=2"),
+    (
+      *("mesh.fsdp=2", "mesh.tensor=2", "mesh.sequence=2"),
+      "compute.dtype=bfloat16",
+    ),
     # Both processes read all rows.
     ("mesh.tensor=2", "mesh.sequence=4"),
   ],
