@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+from xlstm_jax.config import LimitsConfig
 from xlstm_jax.errors import UserError, exit_code
 
 HERE = Path(__file__).parent
@@ -169,6 +170,11 @@ def _check(options: argparse.Namespace, train: Sequence[str]) -> None:
   ours = ("--coordinator", "--processes", "--process")
   for flag in ("--config", "--workdir", *ours):
     parser.add_argument(flag)
+  parser.add_argument(
+    "--config.limits.grace_seconds",
+    dest="grace_seconds",
+    default=LimitsConfig().grace_seconds,
+  )
   given = vars(parser.parse_known_args(train)[0])
   for flag in ("--config", "--workdir"):
     if given[flag[2:]] is None:
@@ -176,12 +182,30 @@ def _check(options: argparse.Namespace, train: Sequence[str]) -> None:
   for flag in ours:
     if given[flag[2:]] is not None:
       raise UserError(f"Leave out {flag}: the launcher sets it.")
+  if "grace" in options:
+    _check_grace(options.grace, given["grace_seconds"])
   if options.engine != "slurm" and not PurePosixPath(
     given["workdir"]
   ).is_relative_to(SHARED):
     raise UserError(
       f"--workdir is {given['workdir']!r}; it must lie in {SHARED}, where "
       "--volume is mounted: everything else is lost with the container."
+    )
+
+
+def _check_grace(grace: int, of_training: str | float) -> None:
+  try:
+    seconds = float(of_training)
+  except ValueError as error:
+    raise UserError(
+      f"--config.limits.grace_seconds is {of_training!r}; it must be a number "
+      "of seconds."
+    ) from error
+  if not seconds < grace:
+    raise UserError(
+      f"--config.limits.grace_seconds is {seconds:g}, and --grace {grace}: the "
+      "training would be killed before it can save and end with status 75; "
+      f"make --grace more than {seconds:g}, or the other less than {grace}."
     )
 
 

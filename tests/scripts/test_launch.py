@@ -208,6 +208,20 @@ def test_a_skypilot_task(render):
     ("slurm", ["--name=Run 1"], TRAIN, "--name is 'Run 1'"),
     ("slurm", ["--nodes=0"], TRAIN, "--nodes is 0; it must be at least 1"),
     ("gke", ["--grace=0"], TRAIN, "--grace is 0; it must be at least 1"),
+    ("gke", ["--grace=30"], TRAIN, "grace_seconds is 30, and --grace 30: the"),
+    (
+      *("slurm", ["--grace=90"]),
+      [*TRAIN, "--config.limits.grace_seconds=90.5"],
+      "make --grace more than 90.5, or the other less than 90",
+    ),
+    (
+      *("gke", [], [*TRAIN, "--config.limits.grace_seconds", "nan"]),
+      "grace_seconds is nan, and --grace 120",
+    ),
+    (
+      *("slurm", [], [*TRAIN, "--config.limits.grace_seconds=1m"]),
+      "grace_seconds is '1m'; it must be a number",
+    ),
     ("slurm", ["--time=a day"], TRAIN, "--time is 'a day'"),
     ("slurm", ["--queue=a b"], TRAIN, "--queue is 'a b'"),
     ("slurm", [], TRAIN[:1], "--workdir is missing"),
@@ -224,6 +238,16 @@ def test_a_skypilot_task(render):
 def test_what_does_not_fit_is_refused(render, engine, more, train, message):
   with pytest.raises(UserError, match=message):
     render(engine, *more, train=train)
+
+
+def test_a_grace_that_fits_is_passed_on(render):
+  shorter = [*TRAIN, "--config.limits.grace_seconds=20"]
+  text = render("slurm", "--grace=21", train=shorter)
+  assert "signal=TERM@21" in text
+  assert shorter[-1] in text
+  # Where the engine has no grace to set, any may be asked for.
+  longer = [*TRAIN, "--config.limits.grace_seconds=600"]
+  assert longer[-1] in render("skypilot", train=longer)
 
 
 @pytest.mark.parametrize(

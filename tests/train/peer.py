@@ -1,24 +1,31 @@
 """One of two processes that talk to each other: INDEX PORT."""
 
 import sys
-import threading
 import time
 
 import jax
 
+from xlstm_jax.config import LimitsConfig
 from xlstm_jax.train import peers, processes
 from xlstm_jax.train.interrupt import Interrupt
 
+# Seconds on a machine that is busy with others.
+PATIENCE = 600
+
 index, port = map(int, sys.argv[1:])
-processes.join(processes.Processes(f"localhost:{port}", 2, index))
+processes.join(
+  processes.Processes(f"localhost:{port}", 2, index),
+  LimitsConfig(join_seconds=PATIENCE, heartbeat_seconds=PATIENCE),
+)
 client = peers._client()
 
 
 def meet(name):
-  client.wait_at_barrier(name, 300_000)
+  client.wait_at_barrier(name, 1000 * PATIENCE)
 
 
 stopped = Interrupt()
+stopped.grace = PATIENCE
 talking = peers.Peers(
   passed=lambda: stopped.passed, doing=lambda: "step", heard=stopped.note
 )
@@ -26,7 +33,7 @@ for _ in range(3 + index):
   assert not stopped.reached()
 
 # The one that passed less is told by name, and then agrees with the other.
-deadline = time.monotonic() + 300
+deadline = time.monotonic() + PATIENCE
 wanted = "process 0 is 1 behind, at step"
 while (behind := talking.behind()) != wanted:
   assert time.monotonic() < deadline, behind
@@ -45,7 +52,6 @@ stopped.close()
 meet("agreed")
 if index == 1:
   talking.close()
-  threading.Event().wait(5 * peers.Peers._SECONDS + 4)
 else:
   while "process 1 is silent for" not in (behind := talking.behind()):
     assert time.monotonic() < deadline, behind

@@ -36,9 +36,11 @@ class HealthConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LimitsConfig:
-  """Seconds after which a run that hangs ends itself, with all its stacks.
+  """Seconds that a run waits; then it ends itself, if it hangs with all stacks.
 
   Attributes:
+    join_seconds: for the processes to find each other at the start.
+    heartbeat_seconds: for which a process may be silent before all others end.
     start_seconds: for restoring, and for compiling the first step.
     step_seconds: for a step, and for the data of one.
     eval_seconds: for an evaluation.
@@ -48,6 +50,8 @@ class LimitsConfig:
       saved by then is lost.
   """
 
+  join_seconds: int = 300
+  heartbeat_seconds: int = 100
   start_seconds: float = 3600.0
   step_seconds: float = 900.0
   eval_seconds: float = 7200.0

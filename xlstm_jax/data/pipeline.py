@@ -65,36 +65,41 @@ def batches(
   *,
   batch_size: int,
   position: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: np.ndarray | None = None,
   split: str = "train",
 ) -> Iterator[Batch]:
-  """This host's rows of the global batches number `position` and following.
+  """Rows of the global batches number `position` and following.
 
-  `batch_size` counts the rows of a global batch; a host yields the contiguous
-  `batch_size / process_count` rows it owns, so the global order is the same
+  What a row holds depends on its number alone, so the global order is the same
   for any number of hosts. The iterator never ends: an epoch follows another.
 
+  Args:
+    cfg: which tokens, in which order.
+    batch_size: rows of a global batch.
+    position: number of the first batch.
+    rows: numbers, from 0, of the rows that are read, in the order in which they
+      are yielded; None for all.
+    split: of the datasets.
+
   Yields:
-    {"inputs", "targets", "segments"}, int32 [B, T] each; segments count the
-    documents of a window from 1, and 0 is padding, not a target.
+    {"inputs", "targets", "segments"}, int32 [B, T] each, B the number of rows
+    that are read; segments count the documents of a window from 1, and 0 is
+    padding, not a target.
 
   Raises:
     UserError: for datasets that cannot be opened or do not share a tokenizer,
       and (from the iterator) for a block that was altered.
   """
-  if batch_size < 1 or batch_size % process_count:
-    raise UserError(
-      f"The batch size {batch_size} cannot be divided over {process_count} "
-      "processes."
-    )
+  if batch_size < 1:
+    raise UserError(f"The batch size is {batch_size}; it must be at least 1.")
   windows = Windows(cfg, open_splits(cfg, split=split))
-  rows = batch_size // process_count
+  if rows is None:
+    rows = np.arange(batch_size)
   groups = _Groups(
     windows,
     stride=batch_size,
-    rows=process_index * rows + np.arange(rows),
-    batches=max(1, _GROUP_TOKENS // (rows * cfg.context)),
+    rows=rows,
+    batches=max(1, _GROUP_TOKENS // (len(rows) * cfg.context)),
   )
   first, skip = divmod(position, groups.batches)
   dataset = grain.MapDataset.source(groups)[first:]
@@ -102,7 +107,7 @@ def batches(
   options = grain.ReadOptions(
     num_threads=cfg.threads, prefetch_buffer_size=ahead if cfg.threads else 0
   )
-  return _ungroup(iter(dataset.to_iter_dataset(options)), rows, skip)
+  return _ungroup(iter(dataset.to_iter_dataset(options)), len(rows), skip)
 
 
 def _ungroup(groups: Iterator[Batch], rows: int, skip: int) -> Iterator[Batch]:

@@ -73,8 +73,8 @@ def main(argv: Sequence[str], stopped: Interrupt) -> int:
   options, overrides = parser.parse_known_args(argv)
   checkpoints.quiet()
   cfg = config.from_experiment(options.config, overrides)
-  processes.join(processes.from_flags(options))
   try:
+    processes.join(processes.from_flags(options), cfg.limits)
     status = loop.train(cfg, options.workdir, stopped)
   except peers.Missing as error:
     print(f"error: {error}", file=sys.stderr)

@@ -10,7 +10,6 @@ import numpy as np
 
 from xlstm_jax import sharding
 from xlstm_jax.data import pipeline
-from xlstm_jax.errors import UserError
 from xlstm_jax.train import rollbacks as decisions
 from xlstm_jax.train.rollbacks import Rollback
 from xlstm_jax.train.run import Run
@@ -31,9 +30,8 @@ class Feed:
   def __init__(self, run: Run, position: int, rollbacks: Sequence[Rollback]):
     self._where = sharding.batch_sharding(run.mesh)
     self._shape = (run.cfg.batch_size, run.cfg.data.context)
-    index, count = share(self._where, self._shape)
-    self._first = index * (run.cfg.batch_size // count)
-    self._batches = _numbered(run, position, rollbacks, index, count)
+    self._rows = share(self._where, self._shape, jax.process_index())
+    self._batches = _numbered(run, position, rollbacks, self._rows)
     self._ready = queue.Queue(maxsize=1)
     self._closed = threading.Event()
     self._thread = threading.Thread(target=self._read, daemon=True)
@@ -82,8 +80,8 @@ class Feed:
 
   def _place(self, rows_BT: np.ndarray) -> jax.Array:
     def part(at):
-      rows = range(self._shape[0])[at[0]]
-      return rows_BT[rows.start - self._first : rows.stop - self._first, at[1]]
+      places = np.searchsorted(self._rows, np.arange(self._shape[0])[at[0]])
+      return rows_BT[places, at[1]]
 
     return jax.make_array_from_callback(self._shape, self._where, part)
 
@@ -92,18 +90,13 @@ def _numbered(
   run: Run,
   position: int,
   rollbacks: Sequence[Rollback],
-  index: int,
-  count: int,
+  rows: np.ndarray,
 ) -> Iterator[tuple[int, pipeline.Batch]]:
   size = run.cfg.batch_size
   while True:
     position = decisions.following(rollbacks, position, batch_size=size)
     batches = pipeline.batches(
-      run.cfg.data,
-      batch_size=size,
-      position=position,
-      process_index=index,
-      process_count=count,
+      run.cfg.data, batch_size=size, position=position, rows=rows
     )
     for number, batch in zip(itertools.count(position), batches):
       position = number
@@ -112,21 +105,19 @@ def _numbered(
       yield number, batch
 
 
-def share(where: jax.NamedSharding, shape: tuple[int, int]) -> tuple[int, int]:
-  """Which of how many equal parts of the rows this process needs.
+def share(
+  where: jax.NamedSharding, shape: tuple[int, int], process: int
+) -> np.ndarray:
+  """The rows of a batch that the devices of a process hold, in order.
 
-  Processes whose devices split heads or time read the same rows.
-
-  Raises:
-    UserError: its devices hold rows that are not one such part.
+  They need not follow one another: a mesh lies on a TPU slice as its network
+  does, and the four chips of a host are a square in it. Processes whose devices
+  split heads or time read the same rows.
   """
-  held = where.addressable_devices_indices_map(shape).values()
-  rows = {row for at in held if at for row in range(shape[0])[at[0]]}
-  first, size = min(rows), len(rows)
-  if max(rows) - first + 1 != size or first % size or shape[0] % size:
-    raise UserError(
-      f"The devices of process {jax.process_index()} hold rows of a batch that "
-      f"are no contiguous part of it: {sorted(rows)[:8]}...; choose mesh sizes "
-      "of which data x fsdp is a multiple of the number of processes."
-    )
-  return first // size, shape[0] // size
+  held = where.devices_indices_map(shape)
+  parts = [
+    np.arange(shape[0])[at[0]]
+    for device, at in held.items()
+    if device.process_index == process
+  ]
+  return np.unique(np.concatenate(parts))

@@ -3,13 +3,17 @@
 import argparse
 import contextlib
 import dataclasses
+import os
 import re
 import socket
 import time
 
 import jax
+from jax._src.clusters import ClusterEnv
 
+from xlstm_jax.config import LimitsConfig
 from xlstm_jax.errors import UserError
+from xlstm_jax.train.peers import Missing
 
 # As a coordinator: the launcher's environment knows all three.
 AUTO = "auto"
@@ -23,15 +27,11 @@ class Processes:
     coordinator: HOST:PORT that process 0 listens on, or `AUTO`.
     count: how many there are; None where the coordinator is `AUTO`.
     index: of this one, from 0; None where the coordinator is `AUTO`.
-    join_seconds: how long they wait for each other at the start.
-    heartbeat_seconds: how long one may be silent before all others end.
   """
 
   coordinator: str
   count: int | None = None
   index: int | None = None
-  join_seconds: int = 300
-  heartbeat_seconds: int = 100
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -47,21 +47,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   group.add_argument(
     "--process", type=int, metavar="I", help="which this is, from 0"
   )
-  group.add_argument(
-    "--join-seconds",
-    type=int,
-    metavar="S",
-    default=300,
-    help="how long they wait for each other (default: %(default)s)",
-  )
-  group.add_argument(
-    "--heartbeat-seconds",
-    type=int,
-    metavar="S",
-    default=100,
-    help="how long one may be silent before all others end (default: "
-    "%(default)s)",
-  )
 
 
 def from_flags(options: argparse.Namespace) -> Processes | None:
@@ -72,11 +57,10 @@ def from_flags(options: argparse.Namespace) -> Processes | None:
   """
   coordinator, count = options.coordinator, options.processes
   index = options.process
-  waits = (options.join_seconds, options.heartbeat_seconds)
   if (coordinator, count, index) == (None, None, None):
     return None
   if coordinator == AUTO and (count, index) == (None, None):
-    return Processes(AUTO, None, None, *waits)
+    return Processes(AUTO)
   if coordinator in (None, AUTO) or None in (count, index):
     raise UserError(
       "Several processes need --coordinator=HOST:PORT, --processes and "
@@ -91,48 +75,79 @@ def from_flags(options: argparse.Namespace) -> Processes | None:
       f"--process is {index}; it must be from 0 to {count - 1}, for "
       f"--processes={count}."
     )
-  return Processes(coordinator, count, index, *waits)
+  return Processes(coordinator, count, index)
 
 
-def join(processes: Processes | None) -> None:
+def join(processes: Processes | None, limits: LimitsConfig) -> None:
   """Returns when all processes are there.
 
   Raises:
-    UserError: some are not in time, which it names, or `AUTO` finds nothing.
+    UserError: `AUTO` finds no launcher, or process 0 cannot listen.
+    Missing: some are not there in time; it names them.
   """
   if processes is None:
     return
-  # Its signal handler would replace ours.
-  jax.config.update("jax_enable_preemption_service", False)
-  if processes.coordinator == AUTO:
-    try:
-      jax.distributed.initialize(
-        initialization_timeout=processes.join_seconds,
-        heartbeat_timeout_seconds=processes.heartbeat_seconds,
-      )
-    except ValueError as error:
+  for key in ("join_seconds", "heartbeat_seconds"):
+    # Whole configurations are checked against devices, and these come later.
+    if (seconds := getattr(limits, key)) < 1:
       raise UserError(
-        f"--coordinator=auto found no launcher ({error}): give --coordinator, "
-        "--processes and --process."
-      ) from error
-    return
+        f"config.limits.{key} is {seconds}; it must be at least 1."
+      )
+  deadline = time.monotonic() + limits.join_seconds
+  if processes.coordinator == AUTO:
+    processes = _detected(limits)
   # JAX would end the process with SIGABRT, without saying who is missing.
   if processes.index == 0:
-    _call_the_roll(processes)
+    _call_the_roll(processes, limits, deadline)
   else:
-    _answer_the_roll(processes)
+    _answer_the_roll(processes, limits, deadline)
+  # Its signal handler would replace ours.
+  jax.config.update("jax_enable_preemption_service", False)
   jax.distributed.initialize(
     processes.coordinator,
     processes.count,
     processes.index,
-    initialization_timeout=processes.join_seconds,
-    heartbeat_timeout_seconds=processes.heartbeat_seconds,
+    initialization_timeout=limits.join_seconds,
+    heartbeat_timeout_seconds=limits.heartbeat_seconds,
   )
 
 
-def _call_the_roll(processes: Processes) -> None:
+def _detected(limits: LimitsConfig) -> Processes:
+  """What the environment of a launcher says."""
+  try:
+    # What `initialize` would find out; it has no public name. The devices are
+    # left to `initialize`.
+    address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
+      coordinator_address=os.environ.get("JAX_COORDINATOR_ADDRESS"),
+      num_processes=None,
+      process_id=None,
+      local_device_ids=[],
+      cluster_detection_method=None,
+      initialization_timeout=limits.join_seconds,
+    )
+  except ValueError as error:
+    raise UserError(
+      f"--coordinator=auto does not understand its launcher ({error}): give "
+      "--coordinator, --processes and --process."
+    ) from error
+  except (RuntimeError, OSError) as error:
+    # A host that has no address yet, or a service that does not answer.
+    raise Missing(
+      f"--coordinator=auto did not find process 0 ({error}); start all again, "
+      "or give --coordinator, --processes and --process."
+    ) from error
+  if address is None or count is None or index is None:
+    raise UserError(
+      "--coordinator=auto found no launcher: give --coordinator, --processes "
+      "and --process."
+    )
+  return Processes(address, count, index)
+
+
+def _call_the_roll(
+  processes: Processes, limits: LimitsConfig, deadline: float
+) -> None:
   """Waits on the coordinator's port until every other process has called."""
-  deadline = time.monotonic() + processes.join_seconds
   missing = set(range(1, processes.count or 1))
   with contextlib.ExitStack() as stack:
     server = stack.enter_context(_listening(processes.coordinator))
@@ -151,7 +166,7 @@ def _call_the_roll(processes: Processes) -> None:
       with contextlib.suppress(OSError):
         caller.sendall(f"{absent}\n".encode())
   if missing:
-    raise _absent(absent, processes)
+    raise _absent(absent, processes, limits)
 
 
 def _listening(coordinator: str) -> socket.socket:
@@ -170,12 +185,13 @@ def _listening(coordinator: str) -> socket.socket:
     ) from error
 
 
-def _answer_the_roll(processes: Processes) -> None:
+def _answer_the_roll(
+  processes: Processes, limits: LimitsConfig, deadline: float
+) -> None:
   """Calls process 0 until it says that everybody is there."""
-  deadline = time.monotonic() + processes.join_seconds
   host, port = processes.coordinator.rsplit(":", 1)
   # Process 0 tells who is missing at its own deadline, perhaps after ours.
-  patience = 2 * processes.join_seconds
+  patience = 2 * limits.join_seconds
   while True:
     with contextlib.suppress(OSError):
       with socket.create_connection((host.strip("[]"), port), 5) as caller:
@@ -185,19 +201,21 @@ def _answer_the_roll(processes: Processes) -> None:
       if answer == "\n":
         return
       if answer:
-        raise _absent(answer.strip(), processes)
+        raise _absent(answer.strip(), processes, limits)
     if time.monotonic() > deadline:
-      raise UserError(
+      raise Missing(
         f"Process 0 did not answer at {processes.coordinator} within "
-        f"{processes.join_seconds} s; look at its log, and start all again."
+        f"{limits.join_seconds} s; look at its log, and start all again."
       )
     time.sleep(0.2)
 
 
-def _absent(numbers: str, processes: Processes) -> UserError:
-  return UserError(
+def _absent(
+  numbers: str, processes: Processes, limits: LimitsConfig
+) -> Missing:
+  return Missing(
     f"Of {processes.count} processes these did not join within "
-    f"{processes.join_seconds} s: {numbers}; look at their logs, and start "
+    f"{limits.join_seconds} s: {numbers}; look at their logs, and start "
     "all again."
   )
 
