@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from xlstm_jax.cells import mlstm, slstm
+from xlstm_jax.cells.mlstm import parallel
 
 FORMS = {
   "recurrent": ("recurrent", None),
@@ -99,6 +100,22 @@ def test_mlstm(dtype, form, path):
     kept = {g: grads[g] for g in grads if f"fp64/grad_h_eps0/{g}" in golden}
     assert {"i", "f"} <= set(kept)
     check(kept, group="grad_h_eps0", error="", slack=chunked)
+
+
+def test_a_mutation_is_caught(monkeypatch):
+  """The normaliser counts as a constant, as in other kernels."""
+
+  def readout(C, n, m, *, readout=parallel.readout, **options):
+    return readout(C, jax.lax.stop_gradient(n), m, **options)
+
+  monkeypatch.setattr(parallel, "readout", readout)
+  mlstm_program.cache_clear()
+  path = cell_goldens.REDUCED / "cells_mlstm" / "normal.safetensors"
+  try:
+    with pytest.raises(AssertionError, match="grad_h_rec"):
+      test_mlstm("float64", "chunkwise", path)
+  finally:
+    mlstm_program.cache_clear()
 
 
 @functools.cache
