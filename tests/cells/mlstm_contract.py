@@ -60,7 +60,8 @@ class Form:
 
 
 FORMS = (
-  Form("recurrent"),
+  # In float64 it is the truth itself, which the definition's own tests hold.
+  Form("recurrent", dtypes=("float32", "bfloat16")),
   Form("parallel"),
   Form("chunkwise", 1),
   Form("chunkwise", 7),
@@ -72,7 +73,7 @@ FORMS = (
   Form("pallas_gpu", 256, dtypes=("bfloat16",), dims=(64, 128)),
 )
 FORMS_HERE = tuple(form for form in FORMS if form.runs_here())
-TRUTH = Form("recurrent")
+TRUTH = FORMS[0]
 
 ROW = ("batch", "time")
 INPUTS = (*[(*ROW, None, None)] * 3, (*ROW, None), (*ROW, None), ROW)
