@@ -1,7 +1,8 @@
 """Reads the models' goldens: what the public implementations compute.
 
-A reduced set, written by scripts/reduce_goldens.py, is committed: a case of
-each family. All of them lie beside the repository, as "full/NAME" and slow.
+A reduced set, written by scripts/reduce_goldens.py, is committed: cases of
+each family, with row 0 of what has many numbers in a row. All of them lie
+beside the repository, as "full/NAME" and slow.
 """
 
 import dataclasses
@@ -34,7 +35,8 @@ class Model:
     family: "paper", "large", "large_docreset" or "hf".
     meta: the rest of meta.json.
     weights: of the checkpoint.
-    io: inputs and outputs.
+    io: inputs and outputs. By "NAME_fp32_error" the L2 distance of the
+      reference's float32 result from NAME_fp64.
     grads_fp64: of the loss with respect to `weights`, or to some of them.
   """
 
@@ -87,13 +89,17 @@ def model(name: str) -> Model:
     pattern = f"{hugging_face_folder(name).name}/*.safetensors"
   for path in folder.glob(pattern):
     weights |= reference_tensors(path)
+  io = load_file(folder / "io.safetensors")
+  for key in [key for key in io if key.endswith("_fp32")]:
+    truth = io[key.replace("fp32", "fp64")]
+    io[f"{key}_error"] = np.linalg.norm(np.float64(io[key]) - truth)
   return Model(
     name,
     folder,
     meta["family"],
     meta,
     weights,
-    load_file(folder / "io.safetensors"),
+    io,
     reference_tensors(folder / "grads_fp64.safetensors"),
   )
 

@@ -23,7 +23,7 @@ def measure() -> dict[str, dict[str, float]]:
   for gate in GATES:
     for chunk in (16, 64):
       form = mlstm_contract.Form("chunkwise", chunk)
-      case = mlstm_contract.case(gate, 200, key_dim=64, value_dim=64)
+      case = mlstm_contract.case(gate, 200, (64, 64))
       losses[f"mlstm {form} {gate}"] = relative(
         mlstm_contract.run(form, case, "bfloat16"),
         mlstm_contract.run(mlstm_contract.TRUTH, case, "float64"),

@@ -7,9 +7,24 @@ import jax.numpy as jnp
 import mlstm_contract
 import numpy as np
 import pytest
-from mlstm_contract import FORMS, GATES, Form, Options, case, run, truth
+from mlstm_contract import (
+  FORMS,
+  FORMS_HERE,
+  GATES,
+  Form,
+  Options,
+  case,
+  run,
+  truth,
+)
 
-from xlstm_jax.cells.mlstm import backends, chunkwise, parallel, sequence
+from xlstm_jax.cells.mlstm import (
+  backends,
+  chunkwise,
+  pallas_gpu,
+  parallel,
+  sequence,
+)
 
 CHECKS = {
   "float64": mlstm_contract.check_float64,
@@ -24,9 +39,10 @@ TABLE = [
     # Of the chunk sizes one is quick: every size compiles anew.
     marks=[pytest.mark.slow] if form.chunk not in (None, 16) else [],
   )
-  for form in FORMS
+  for form in FORMS_HERE
   for dtype in form.dtypes
 ]
+KERNELS = [form for form in FORMS_HERE if form.backend in backends.KERNELS]
 PLAIN = Options(normalize=False)
 SIGMOID = Options(input_gate="sigmoid")
 OPTIONS = {
@@ -49,6 +65,7 @@ LONG = [
   *((301, Form("chunkwise", chunk)) for chunk in (1, 16, 48, 128)),
   *((512, Form("chunkwise", chunk)) for chunk in (7, 24, 511)),
   *((time, Form("parallel")) for time in (301, 512)),
+  *((time, form) for time in (301, 512) for form in KERNELS),
 ]
 
 
@@ -66,8 +83,16 @@ LONG = [
 )
 def test_all_gates_of_longer_sequences(time, form):
   for gate in GATES:
-    for check in CHECKS.values():
-      check(form, gate, time)
+    for dtype in form.dtypes:
+      CHECKS[dtype](form, gate, time)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [64, 256])
+def test_wide_heads_in_the_chunks_of_kernels(chunk):
+  form = Form("chunkwise", chunk, dims=(64, 128))
+  for check in CHECKS.values():
+    check(form, "mixed=50", 301)
 
 
 # Stretches of 18, 36 and 9 tokens; on 8 devices the last is padding alone in
@@ -111,11 +136,15 @@ def test_options_where_time_is_split(options):
       id=f"{form}-{dtype}-{options}",
       marks=[] if quick else [pytest.mark.slow],
     )
-    for form in (Form("chunkwise", 16), Form("parallel"))
-    for dtype in ("float64", "float32")
+    for form in (
+      Form("chunkwise", 16, dtypes=("float64", "float32")),
+      Form("parallel", dtypes=("float64", "float32")),
+      *KERNELS,
+    )
+    for dtype in form.dtypes
     for options in OPTIONS
     for quick in [
-      form.chunk and dtype == "float64" and options in ("sigmoid", "eps0")
+      form.chunk == 16 and dtype == "float64" and options in ("sigmoid", "eps0")
     ]
   ],
 )
@@ -139,17 +168,23 @@ TIMES = (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 130, 256, 500, 512)
       marks=[] if quick else [pytest.mark.slow],
     )
     for time in TIMES
-    for form in (Form("chunkwise"), Form("chunkwise", 24), Form("parallel"))
+    for form in (
+      Form("chunkwise"),
+      Form("chunkwise", 24),
+      Form("parallel"),
+      *KERNELS,
+    )
     for quick in [time in QUICK_TIMES and form == Form("chunkwise")]
   ],
 )
 def test_any_length(time, form):
-  mlstm_contract.check_float64(form, "normal", time)
+  CHECKS[form.dtypes[0]](form, "normal", time)
   if time in (1, 17, 130, 500):
     # A loud token alone has h = +-v: eps is all that dq is left with.
     gate = "normal" if time == 1 else "mixed=100"
-    CHECKS["float32"](form, gate, time)
-    CHECKS["bfloat16"](form, gate, time)
+    for dtype in ("float32", "bfloat16"):
+      if dtype in form.dtypes:
+        CHECKS[dtype](form, gate, time)
 
 
 def test_definition_is_the_unstabilised_recurrence():
@@ -305,4 +340,14 @@ def test_mutations_are_caught_where_time_is_split(mutation, monkeypatch):
 
 
 def test_backends_are_all_tested():
-  assert {form.backend for form in FORMS} == set(backends.BACKENDS)
+  """Kernels too, whatever the device."""
+  named = backends.BACKENDS | backends.KERNELS
+  assert {form.backend for form in FORMS} == set(named)
+
+
+def test_backends_run_wherever_they_are_not_refused():
+  here = {form.backend for form in FORMS_HERE}
+  assert here >= set(backends.BACKENDS)
+  assert set(mlstm_contract.REFUSALS) == set(backends.KERNELS)
+  hopper = pallas_gpu.device_refusal() is None
+  assert ("pallas_gpu" in here) == hopper

@@ -18,6 +18,7 @@ from compiled import jit
 from flax import nnx
 
 from xlstm_jax import sharding
+from xlstm_jax.layers import conv
 from xlstm_jax.layers.compute import Compute
 from xlstm_jax.layers.norm import NormConfig
 from xlstm_jax.mixers.mlstm import MLSTM, MLSTMConfig
@@ -79,12 +80,14 @@ class Subject:
     run: (params, x_BTD, segments_BT, state) -> (y_BTD, state).
     params: its parameters.
     empty: the state of the empty past.
+    kind: its name in the table.
     dtype: in which it computes.
   """
 
   run: Callable
   params: dict
   empty: Any
+  kind: str
   dtype: str
   compiled: Callable = dataclasses.field(init=False)
 
@@ -139,7 +142,7 @@ def subject(kind: str, dtype: str = "float64") -> Subject:
     return nnx.merge(graph, params)(x_BTD, segments_BT=segments_BT, state=state)
 
   empty = nnx.merge(graph, params).empty_state(B)
-  return Subject(run, params, empty, dtype)
+  return Subject(run, params, empty, kind, dtype)
 
 
 def inputs(dtype: str = "float64", seed: int = 0) -> jax.Array:
@@ -311,8 +314,9 @@ def test_rows_are_independent(kind):
 
 
 @kinds
-def test_gradients_are_finite_at_saturated_gates(kind):
-  check_finite(subject(kind, "float32"))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_are_finite_at_saturated_gates(kind, dtype):
+  check_finite(subject(kind, dtype))
 
 
 # Relative L2 error of the outputs: twice what was measured.
@@ -324,17 +328,21 @@ BF16_BOUND = {
 }
 
 
-@kinds
-def test_bfloat16_is_near_the_truth(kind):
+def check_bfloat16(mixer: Subject):
   x_BTD = inputs("bfloat16")
-  y_BTD, state = subject(kind, "bfloat16")(x_BTD, SEGMENTS_BT)
-  truth_BTD, _ = subject(kind)(x_BTD.astype("float64"), SEGMENTS_BT)
+  y_BTD, state = mixer(x_BTD, SEGMENTS_BT)
+  truth_BTD, _ = subject(mixer.kind)(x_BTD.astype("float64"), SEGMENTS_BT)
   assert y_BTD.dtype == jnp.bfloat16
   cell = getattr(state, "cell", state)
   assert {x.dtype.name for x in cell} == {"float32", "int32"}
   error = jnp.linalg.norm(real(y_BTD) - real(truth_BTD))
   error = error / jnp.linalg.norm(real(truth_BTD))
-  assert error < BF16_BOUND[kind]
+  assert error < BF16_BOUND[mixer.kind]
+
+
+@kinds
+def test_bfloat16_is_near_the_truth(kind):
+  check_bfloat16(subject(kind, "bfloat16"))
 
 
 @kinds
@@ -382,6 +390,14 @@ def test_eight_devices_compute_what_one_does(kind, axes, follows):
   assert_close(jax.tree.map(np.asarray, ours), theirs)
 
 
+@pytest.mark.parametrize("kind", ["mlstm", "slstm"])
+def test_devices_that_do_not_pass_on_their_past_are_noticed(kind, monkeypatch):
+  """Every device starts its convolution from the state of the whole row."""
+  monkeypatch.setattr(conv, "_entering", lambda x, segments, state, axis: state)
+  with pytest.raises(AssertionError, match="Not equal to tolerance"):
+    test_eight_devices_compute_what_one_does(kind, (1, 1, 2, 4), True)
+
+
 def forgets_segments(run):
   return lambda params, x, segments, state: run(params, x, None, state)
 
@@ -414,6 +430,14 @@ def overflows(run):
   return mutated
 
 
+def rounds_coarsely(run):
+  def mutated(params, x, segments, state):
+    y, state = run(params, x, segments, state)
+    return y.astype(jnp.float8_e4m3fn).astype(y.dtype), state
+
+  return mutated
+
+
 MUTATIONS = {
   check_steps: forgets_state,
   check_splits: forgets_state,
@@ -421,12 +445,14 @@ MUTATIONS = {
   check_packing: forgets_segments,
   check_rows: mixes_rows,
   check_finite: overflows,
+  check_bfloat16: rounds_coarsely,
 }
 
 
+@pytest.mark.parametrize("kind", ["mlstm", "slstm"])
 @pytest.mark.parametrize("check", MUTATIONS, ids=lambda check: check.__name__)
-def test_a_mutation_turns_the_check_red(check):
-  sound = subject("slstm")
+def test_a_mutation_turns_the_check_red(check, kind):
+  sound = subject(kind, "bfloat16" if check is check_bfloat16 else "float64")
   mutated = dataclasses.replace(sound, run=MUTATIONS[check](sound.run))
   with pytest.raises(AssertionError):
     check(mutated)

@@ -29,6 +29,14 @@ CFG = ModelConfig(
   mlstm=MLSTMConfig(num_heads=2, round_to=8),
   slstm=SLSTMConfig(num_heads=2),
 )
+LARGE = ModelConfig(
+  vocab_size=16,
+  width=16,
+  num_blocks=3,
+  mlstm_block="large",
+  mlstm_large=MLSTMLargeConfig(num_heads=2),
+)
+CONFIGS = {"paper": CFG, "large": LARGE}
 FP64 = Compute("float64", "float64")
 TOKENS_BT = np.random.default_rng(0).integers(0, 16, (8, 8), np.int32)
 SEGMENTS_BT = np.array(
@@ -69,9 +77,9 @@ def loss_of(definition: Definition):
 
 
 @functools.cache
-def plain():
+def plain(name: str = "paper"):
   """Parameters, and their loss and gradients without any device or trick."""
-  definition = Definition(CFG, dataclasses.replace(FP64, scan=False))
+  definition = Definition(CONFIGS[name], dataclasses.replace(FP64, scan=False))
   params = random_params(definition)
   return params, jit(loss_of(definition))(params, TOKENS_BT, SEGMENTS_BT)
 
@@ -84,22 +92,63 @@ def assert_close(ours, theirs, bound: float):
   )
 
 
+SCANNED = {"scan": True}
+REMAT = {"scan": True, "remat": "block"}
+MATMULS = {"scan": True, "remat": "matmuls"}
+UNROLLED = {"scan": False, "remat": "block"}
+
+
 @pytest.mark.parametrize(
-  "changes",
+  ("name", "changes"),
   [
-    {"scan": True},
-    {"scan": True, "remat": "block"},
-    pytest.param({"scan": True, "remat": "matmuls"}, marks=pytest.mark.slow),
-    pytest.param({"scan": False, "remat": "block"}, marks=pytest.mark.slow),
+    ("paper", SCANNED),
+    ("paper", REMAT),
+    ("large", REMAT),
+    pytest.param("paper", MATMULS, marks=pytest.mark.slow),
+    pytest.param("paper", UNROLLED, marks=pytest.mark.slow),
+    pytest.param("large", SCANNED, marks=pytest.mark.slow),
+    pytest.param("large", MATMULS, marks=pytest.mark.slow),
+    pytest.param("large", UNROLLED, marks=pytest.mark.slow),
   ],
   ids=str,
 )
-def test_scan_and_remat_change_nothing(changes):
+def test_scan_and_remat_change_nothing(name, changes):
   with jax.enable_x64(True):
-    params, expected = plain()
-    definition = Definition(CFG, dataclasses.replace(FP64, **changes))
+    params, expected = plain(name)
+    definition = Definition(CONFIGS[name], dataclasses.replace(FP64, **changes))
     ours = jit(loss_of(definition))(params, TOKENS_BT, SEGMENTS_BT)
   assert_close(ours, expected, 1e-11)
+
+
+def backwards(monkeypatch):
+  """The scan runs blocks from the last to the first."""
+
+  def scan(step, first, scanned, *, scan=jax.lax.scan, **options):
+    if step.__name__ == "repetition":
+      options["reverse"] = True
+    return scan(step, first, scanned, **options)
+
+  monkeypatch.setattr(jax.lax, "scan", scan)
+
+
+def cuts_the_gradient(monkeypatch):
+  """What is computed again has no gradient with respect to its input."""
+
+  def checkpoint(step, **_):
+    return lambda x, *args: step(jax.lax.stop_gradient(x), *args)
+
+  monkeypatch.setattr(jax, "checkpoint", checkpoint)
+
+
+@pytest.mark.parametrize(
+  ("mutation", "changes"), [(backwards, SCANNED), (cuts_the_gradient, REMAT)]
+)
+def test_mutations_are_caught(mutation, changes, monkeypatch):
+  with jax.enable_x64(True):
+    plain("large")  # is kept from before the mutation
+  mutation(monkeypatch)
+  with pytest.raises(AssertionError, match="Not equal to tolerance"):
+    test_scan_and_remat_change_nothing("large", changes)
 
 
 @pytest.mark.parametrize(

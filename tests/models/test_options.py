@@ -9,6 +9,7 @@ import pytest
 from compiled import jit
 
 from xlstm_jax.layers.compute import Compute
+from xlstm_jax.mixers import memory
 from xlstm_jax.models.config import ModelConfig, runs
 from xlstm_jax.models.language_model import Definition
 
@@ -137,6 +138,23 @@ def test_options_in_combination(seed):
     ours = forward(params, ids_BT)
   theirs = oracle.model_logits(params, blocks(params, cfg), cfg, ids_BT)
   np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("option", ["normalize", "eps"])
+def test_an_option_without_effect_is_noticed(option, monkeypatch):
+  """The cell ignores it, whatever the configuration says."""
+  default = getattr(ModelConfig().memory, option)
+
+  def ignores(seed):
+    cfg = configuration(seed)
+    return len(cfg.slstm_at) < 3 and getattr(cfg.memory, option) != default
+
+  def cell(*args, run=memory.mlstm.mlstm, **options):
+    return run(*args, **options | {option: default})
+
+  monkeypatch.setattr(memory.mlstm, "mlstm", cell)
+  with pytest.raises(AssertionError, match="Not equal to tolerance"):
+    test_options_in_combination(next(filter(ignores, SEEDS)))
 
 
 def test_every_value_of_every_option_is_drawn():

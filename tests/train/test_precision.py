@@ -1,4 +1,4 @@
-"""In bfloat16 a model learns what it learns in float32: the policy suffices."""
+"""In bfloat16 a model learns no worse than in float32: the policy suffices."""
 
 import dataclasses
 import sysconfig
@@ -46,11 +46,17 @@ def heldout_loss(dtype: str, data: Path, workdir: Path) -> float:
 
 
 @pytest.mark.slow
-def test_bfloat16_loses_less_than_a_percent(tmp_path):
+def test_bfloat16_is_not_a_percent_worse(tmp_path):
+  """One-sided: rounding makes another run, which may end up better.
+
+  The quickstart in bfloat16 ends 1.35 % better than in float32 with one seed
+  and 0.55 % worse with another (docs/numerics.md), so that being within a
+  percent on both sides is no property of a single seed.
+  """
   data = stdlib_dataset(tmp_path / "data")
   wide = heldout_loss("float32", data, tmp_path / "float32")
   narrow = heldout_loss("bfloat16", data, tmp_path / "bfloat16")
   # It has learned: a uniform guess loses log 257 = 5.55 nats, a unigram 3.3.
   assert wide < 3.0
   assert narrow != wide
-  assert abs(narrow / wide - 1) < 0.01
+  assert narrow < 1.01 * wide
