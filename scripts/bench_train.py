@@ -31,7 +31,7 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -78,7 +78,7 @@ class Row:
   backend: str
   mesh: str
   batch: int
-  remat: str
+  remat: Literal["none", "matmuls", "block"]
 
   @property
   def mesh_config(self) -> MeshConfig:
@@ -165,12 +165,14 @@ def _timed(row: Row, cfg: RunConfig, step, state, placed) -> dict[str, Any]:
   started = time.perf_counter()
   step = step.lower(state, placed[0]).compile()
   compile_seconds = time.perf_counter() - started
-  rounds = []
+  rounds, loss = [], math.nan
   for _ in range(ROUNDS + 1):
     started = time.perf_counter()
+    losses = []
     for batch in placed:
       state, measured = step(state, batch)
-    loss = float(measured["loss"])
+      losses.append(measured["loss"])
+    loss = float(losses[-1])
     rounds.append((time.perf_counter() - started) / len(placed))
   if not math.isfinite(loss):
     raise UserError(f"The loss is {loss} after {state.step} steps.")
