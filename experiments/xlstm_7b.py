@@ -5,6 +5,9 @@ docs/slimpajama.md makes the data, with GPT-NeoX's tokenizer:
   python -m xlstm_jax.train --config=experiments/xlstm_7b.py \\
     --workdir=runs/xlstm_7b
 
+  512 chips, TPU v5p:8x8x8   --config.mesh.data=64 --config.mesh.fsdp=8
+                             (docs/plan.md says why)
+
 Published (paper and released configurations): GPT-NeoX tokenizer, windows of
 8192, 512 sequences a batch, 550k steps, AdamW (0.9, 0.95) with eps 1e-8, weight
 decay 0.1 on matrices but not on the embedding, clipping at a global norm of

@@ -41,12 +41,12 @@ def test_a_mesh_that_does_not_fit_says_so(cfg):
     sharding.mesh_shape(cfg, 8)
 
 
-def devices_of(slices, processes, number=16):
+def devices_of(slices, processes, number=16, platform="cpu"):
   """What a mesh asks of devices: none of these exist."""
   return [
     types.SimpleNamespace(
       id=n,
-      platform="cpu",
+      platform=platform,
       device_kind="cpu",
       slice_index=n * slices // number,
       process_index=n * processes // number,
@@ -88,6 +88,16 @@ def test_only_one_axis_leaves_a_slice(cfg, slices, processes):
 def test_slices_that_are_not_there_are_an_error(cfg, message):
   with pytest.raises(UserError, match=message):
     sharding.device_grid(cfg, devices_of(2, 8))
+
+
+def test_slices_that_are_not_asked_for_are_an_error():
+  tpus = devices_of(2, 8, platform="tpu")
+  with pytest.raises(UserError, match=r"16 TPU .* 2 slices.* mesh\.slices=2,"):
+    sharding.device_grid(MeshConfig(), tpus)
+  # Nodes of GPUs, which JAX calls slices as well, are joined in order.
+  nodes = devices_of(2, 2, platform="gpu")
+  grid = sharding.device_grid(MeshConfig(data=2, fsdp=8), nodes)
+  assert [d.id for d in grid.flat] == list(range(16))
 
 
 def test_parameters_are_split_where_their_axes_say():

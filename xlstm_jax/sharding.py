@@ -112,6 +112,7 @@ def device_grid(cfg: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
   """The devices along `AXES`, neighbours in the network being neighbours."""
   shape = mesh_shape(cfg, len(devices))
   if cfg.slices == 1:
+    _refuse_several_slices(devices)
     return mesh_utils.create_device_mesh(
       shape, devices, allow_split_physical_axes=True
     )
@@ -135,6 +136,22 @@ def device_grid(cfg: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     devices,
     process_is_granule=[*of_slice.values()] != whole,
   )
+
+
+def _refuse_several_slices(devices: Sequence[Any]) -> None:
+  """A mesh that knows nothing of TPU slices would tear any axis over them.
+
+  Nodes of GPUs are in order, so that the outermost axes leave them.
+  """
+  slices = {
+    getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"
+  }
+  if len(slices) > 1:
+    raise UserError(
+      f"config.mesh.slices is 1, but the {len(devices)} TPU devices are in "
+      f"{len(slices)} slices, which a slower network joins: set "
+      f"mesh.slices={len(slices)}, so that one axis alone crosses it."
+    )
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

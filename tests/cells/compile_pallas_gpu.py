@@ -8,19 +8,19 @@ import sys
 import jax
 import jax.numpy as jnp
 
+from xlstm_jax import sharding
 from xlstm_jax.cells.documents import documents
-from xlstm_jax.cells.mlstm import pallas_gpu as backend
+from xlstm_jax.cells.mlstm.pallas_gpu import pallas_gpu
 from xlstm_jax.cells.mlstm.state import empty_state
 from xlstm_jax.plan import machines
 
 
 def main(key_dim: int, value_dim: int) -> None:
   batch, time, heads = 2, 1024, 2
-  backend.device_refusal = lambda: None  # the device is only described
 
   def loss(q, k, v, i, f):
     state = empty_state(batch, heads, key_dim, value_dim, jnp.float32)
-    h, _ = backend.pallas_gpu(
+    h, _ = pallas_gpu(
       q,
       k,
       v,
@@ -34,15 +34,19 @@ def main(key_dim: int, value_dim: int) -> None:
     )
     return jnp.sum(h.astype(jnp.float32) ** 2)
 
-  device = machines.machine("h200:1").devices[0]
-  sharding = jax.sharding.SingleDeviceSharding(device)
+  mesh = sharding.make_mesh(
+    sharding.MeshConfig(), machines.machine("h200:1").devices
+  )
 
   def array(*shape, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(
+      shape, dtype, sharding=sharding.replicated(mesh)
+    )
 
   tokens = [array(batch, time, heads, d) for d in (key_dim, key_dim, value_dim)]
   gates = [array(batch, time, heads, dtype=jnp.float32)] * 2
-  jax.jit(jax.grad(loss, (0, 1, 2, 3, 4))).lower(*tokens, *gates).compile()
+  with jax.set_mesh(mesh):
+    jax.jit(jax.grad(loss, (0, 1, 2, 3, 4))).lower(*tokens, *gates).compile()
 
 
 if __name__ == "__main__":

@@ -112,6 +112,27 @@ def test_there_may_be_no_data_yet():
       | {"mesh__tensor": 2},
       r"slstm\.num_heads is 3; mesh\.tensor=2 cannot split",
     ),
+    (
+      {"model__width": 100, "mesh__data": 1, "mesh__fsdp": 8},
+      r"width is 100; mesh\.fsdp=8 cannot .* mesh\.fsdp=4 and mesh\.data=2\.",
+    ),
+    (
+      {"model__width": 75, "mesh__data": 2, "mesh__fsdp": 4},
+      r"width is 75; mesh\.fsdp=4 cannot .* mesh\.fsdp=1 and mesh\.data=8\.",
+    ),
+    (
+      {"model__mlstm_block": "large", "model__feedforward__round_to": 3}
+      | {"mesh__tensor": 2},
+      r"has 999 hidden units; mesh\.tensor=2 .*round_to to a multiple of 2",
+    ),
+    (
+      {"model__mlstm__qkv_block": 512, "mesh__tensor": 2},
+      "qkv_block is 512; .* 3 blocks of the 1536 .* that divides 768",
+    ),
+    (
+      {"model__mlstm__qkv_block": 0, "mesh__tensor": 4},
+      "qkv_block is 0; .* 1 blocks of the 1536 .* that divides 384",
+    ),
     ({"profile": (3,)}, r"profile is \(3,\); it must be \(first, last\)"),
     ({"profile": (5, 101)}, "between 1 and 100"),
     (
@@ -128,6 +149,14 @@ def test_there_may_be_no_data_yet():
 def test_each_mistake_is_a_sentence(changes, message):
   with pytest.raises(UserError, match=message):
     config.validate(cfg(**changes), manifest(), 8)
+
+
+def test_only_units_that_the_model_has_must_be_split():
+  """Others that do not split: hidden units without feed-forward, maps."""
+  paper = {"model__feedforward__round_to": 3, "mesh__tensor": 2}
+  config.validate(cfg(**paper), manifest(), 8)
+  large = {"model__mlstm_block": "large", "model__mlstm__qkv_block": 0}
+  config.validate(cfg(**large, mesh__tensor=2), manifest(), 8)
 
 
 def test_empty_splits_are_named():

@@ -7,10 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+import small_7b
+from jax.experimental import pallas as pl
+
+from xlstm_jax.models import counts
+from xlstm_jax.plan import machines, program
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SMALL = f"--config={EXPERIMENTS / 'quickstart.py'}"
+SMALL_7B = f"--config={small_7b.__file__}"
 
 pytestmark = pytest.mark.slow
 
@@ -56,6 +64,72 @@ def test_125m_on_16_tpu_chips(tmp_path):
 
 
 @for_tpus
+@pytest.mark.parametrize(
+  ("topology", "devices", "slices", "kind", "gib"),
+  [
+    ("v5p:2x2x4", 16, 1, "TPU v5", 95.73),
+    ("v6e:4x4", 16, 1, "TPU v6 lite", 31.24),
+    ("v5e:2x2*3", 12, 3, "TPU v5 lite", 15.75),
+  ],
+)
+def test_tpus_are_described(topology, devices, slices, kind, gib):
+  found = machines.machine(topology)
+  assert len(found.devices) == devices
+  assert {d.device_kind for d in found.devices} == {kind}
+  assert {getattr(d, "slice_index", 0) for d in found.devices} == set(
+    range(slices)
+  )
+  assert found.memory == found.device_memory == int(gib * 2**30)
+
+
+@for_gpus
+def test_h100s_are_described(monkeypatch):
+  for name in machines.FRACTIONS:
+    monkeypatch.delenv(name, raising=False)
+  found = machines.machine("h100:12")
+  assert len(found.devices) == 12
+  assert {d.device_kind for d in found.devices} == {"NVIDIA H100 80GB HBM3"}
+  assert found.memory == int(0.75 * 85_017_493_504)
+
+
+@for_tpus
+def test_two_slices_are_joined_by_replicas(tmp_path):
+  mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=4")
+  arguments = (SMALL_7B, "--topology=v5e:2x2*2", *mesh)
+  status, _, err, found = plan(tmp_path, *arguments)
+  assert status == 2
+  assert found is None
+  assert "are in 2 slices" in err
+  assert "set mesh.slices=2" in err
+  status, out, err, found = plan(tmp_path, *arguments, "--config.mesh.slices=2")
+  assert status == 0, err
+  assert "8 x TPU v5 lite (v5e:2x2*2)" in out
+  assert "chunkwise (native form; there is no TPU kernel yet)" in out
+  assert found["collectives"]["all-gather"]["times"] > 0
+  # Of every gradient each replica has a quarter on a device.
+  shares = 2 * found["parameters"] / 4
+  assert found["collectives"]["all-reduce"]["bytes"] > 0.9 * shares
+
+
+@for_tpus
+def test_a_lack_of_vmem_is_not_taken_for_one_of_hbm():
+  def double(x_ref, y_ref):
+    y_ref[...] = 2 * x_ref[...]
+
+  device = machines.machine("v5e:2x2").devices[0]
+  x = jax.ShapeDtypeStruct(
+    (8192, 2048),
+    jnp.float32,
+    sharding=jax.sharding.SingleDeviceSharding(device),
+  )
+  lowered = jax.jit(pl.pallas_call(double, out_shape=x)).lower(x)
+  with pytest.raises(jax.errors.JaxRuntimeError) as error:
+    lowered.compile()
+  assert "Ran out of memory in memory space vmem" in str(error.value)
+  assert program.out_of_memory(str(error.value)) is None
+
+
+@for_tpus
 def test_256_tpu_chips(tmp_path):
   status, _, err, found = plan(
     tmp_path,
@@ -87,7 +161,7 @@ def test_a_step_that_does_not_fit_a_tpu_says_so(tmp_path):
 def test_64_gpus_of_8_nodes(tmp_path):
   status, _, err, found = plan(
     tmp_path,
-    SMALL,
+    SMALL_7B,
     "--topology=h200:64",
     "--config.batch_size=64",
     "--config.mesh.data=8",
@@ -95,4 +169,42 @@ def test_64_gpus_of_8_nodes(tmp_path):
   )
   assert status == 0, err
   assert found["device_kind"] == "NVIDIA H200"
-  assert found["collectives"]["reduce-scatter"]["times"] > 0
+  # Replicas sum the eighth of every gradient that a device keeps, in float32.
+  moved = {kind: of["bytes"] for kind, of in found["collectives"].items()}
+  assert moved["reduce-scatter"] == pytest.approx(scattered(), rel=0.02)
+  assert moved["all-reduce"] < 1.02 * 4 * found["parameters"] / 8
+
+
+@for_gpus
+def test_gpus_reduce_and_scatter_every_gradient_once(tmp_path):
+  status, _, err, found = plan(tmp_path, SMALL_7B, "--topology=h200:8")
+  assert status == 0, err
+  moved = {kind: of["bytes"] for kind, of in found["collectives"].items()}
+  assert moved["reduce-scatter"] == pytest.approx(scattered(), rel=0.02)
+  assert moved["all-reduce"] < 0.02 * moved["reduce-scatter"]
+
+
+def scattered() -> int:
+  """Bytes of the gradients but for the embedding's, which has its columns."""
+  model = small_7b.CFG.model
+  return 2 * (counts.parameters(model) - model.vocab_size * model.width)
+
+
+@for_gpus
+def test_nothing_is_communicated_for_a_kernel(tmp_path):
+  """Nothing that the native form would not communicate as well."""
+  moved = {}
+  for backend in ("chunkwise", "pallas_gpu"):
+    status, out, err, found = plan(
+      tmp_path,
+      SMALL_7B,
+      "--topology=h200:8",
+      "--config.mesh.fsdp=4",
+      "--config.mesh.tensor=2",
+      f"--config.compute.mlstm_backend={backend}",
+    )
+    assert status == 0, err
+    moved[backend] = {k: t["bytes"] for k, t in found["collectives"].items()}
+  assert "mLSTM        pallas_gpu (kernel)" in out
+  for kind, size in moved["pallas_gpu"].items():
+    assert size <= 1.02 * moved["chunkwise"].get(kind, 0), kind

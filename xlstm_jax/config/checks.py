@@ -1,6 +1,7 @@
 """What the parts of a configuration demand of one another."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import jax
@@ -120,9 +121,22 @@ def _mesh_problems(cfg: RunConfig, devices: int) -> Iterator[str]:
       f"(data x fsdp) and {cfg.accumulation} accumulation parts need a "
       f"multiple of {unit}, such as {_multiple(cfg.batch_size, unit)}."
     )
+  yield from _width_problems(cfg, sizes["data"], sizes["fsdp"])
   yield from _head_problems(cfg, sizes["tensor"])
+  yield from _unit_problems(cfg, sizes["tensor"])
   if sizes["sequence"] > 1:
     yield from _time_problems(cfg, sizes["sequence"])
+
+
+def _width_problems(cfg: RunConfig, data: int, fsdp: int) -> Iterator[str]:
+  width = cfg.model.width
+  if width % fsdp:
+    fits = math.gcd(width, fsdp)
+    yield (
+      f"config.model.width is {width}; mesh.fsdp={fsdp} cannot split that "
+      "evenly, and every device would hold all parameters: set "
+      f"mesh.fsdp={fits} and mesh.data={data * fsdp // fits}."
+    )
 
 
 def _head_problems(cfg: RunConfig, tensor: int) -> Iterator[str]:
@@ -139,6 +153,31 @@ def _head_problems(cfg: RunConfig, tensor: int) -> Iterator[str]:
         f"mesh.tensor={tensor} cannot split that evenly, but "
         f"{_listed(fitting)} could."
       )
+
+
+def _unit_problems(cfg: RunConfig, tensor: int) -> Iterator[str]:
+  """Of what a model's layers have besides heads.
+
+  A vocabulary may stay whole, as it is the tokenizer's.
+  """
+  kinds, width = set(cfg.model.kinds), cfg.model.width
+  hidden = cfg.model.feedforward.hidden(width)
+  if kinds != {"mlstm"} and hidden % tensor:
+    yield (
+      f"config.model.feedforward has {hidden} hidden units; "
+      f"mesh.tensor={tensor} cannot split them evenly: set "
+      f"model.feedforward.round_to to a multiple of {tensor}."
+    )
+  # Channels split where heads do; the maps to q, k and v are not of heads.
+  inner = cfg.model.mlstm.inner(width)
+  block = cfg.model.mlstm.qkv_block or inner
+  if "mlstm" in kinds and not inner % tensor and inner // block % tensor:
+    yield (
+      f"config.model.mlstm.qkv_block is {cfg.model.mlstm.qkv_block}; "
+      f"mesh.tensor={tensor} cannot split {inner // block} blocks of the "
+      f"{inner} inner channels evenly: set mesh.tensor=1 or a qkv_block that "
+      f"divides {inner // tensor}."
+    )
 
 
 def _time_problems(cfg: RunConfig, devices: int) -> Iterator[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from xlstm_jax import config, metrics
+from xlstm_jax.cells.mlstm import KERNELS
 from xlstm_jax.errors import UserError, exit_code
 from xlstm_jax.plan import machines, program
 from xlstm_jax.plan.program import Plan
@@ -20,12 +21,14 @@ there, and prints what it takes: memory by kind, FLOPs, communication.
 
 EPILOG = """\
 topologies:
-  v5e:16x16, v5p:8x8x8, v6e:8x8   TPU slices by their shape
+  v5e:16x16, v5p:8x8x8, v6e:8x8   a TPU slice by its shape
+  'v5e:16x16*2'                   two such slices, with config.mesh.slices=2
   h100:8, h200:64                 GPUs, 8 to a node
 
 Compiling for TPUs takes libtpu, for GPUs jax-cuda13-plugin; both are in
   pip install -c constraints/newest.txt -e '.[plan]'
 On TPUs the cells run in their native form; no kernel is written for them yet.
+Of a GPU's memory JAX takes 75 %, or what XLA_CLIENT_MEM_FRACTION says.
 
 exit status:
   0   the step fits
@@ -112,7 +115,7 @@ def describe(found: Plan) -> str:
     f"model        {found.parameters:,} parameters",
     f"batch        {found.batch_size} rows of {found.context} tokens in "
     f"{found.accumulation} parts, remat {found.remat}",
-    f"mLSTM        {found.mlstm}",
+    f"mLSTM        {found.mlstm} ({_form(found)})",
     f"FLOPs        {found.flops_per_token:.4g} a token, without recomputation"
     + _at_peak(found),
     f"compiled in  {metrics.duration(found.compile_seconds)}",
@@ -129,6 +132,10 @@ def describe(found: Plan) -> str:
     ("available", found.memory),
   ):
     lines.append(f"  {name:12}{_mib(size)}")
+  if found.memory != found.device_memory:
+    share = found.memory / found.device_memory
+    whole = _mib(found.device_memory).lstrip()
+    lines[-1] += f": {share:.0%} of {whole}; {machines.FRACTIONS[0]} changes it"
   lines += ["", _verdict(found)]
   if found.collectives:
     lines += ["", "communication of a step      times      MiB of a device"]
@@ -137,6 +144,14 @@ def describe(found: Plan) -> str:
         f"  {kind:22}{traffic.times:10,}{traffic.bytes / 2**20:21,.1f}"
       )
   return "\n".join(lines)
+
+
+def _form(found: Plan) -> str:
+  if found.mlstm in KERNELS:
+    return "kernel"
+  if found.platform == "tpu":
+    return "native form; there is no TPU kernel yet"
+  return "native form"
 
 
 def _at_peak(found: Plan) -> str:

@@ -20,11 +20,13 @@ class Machine:
     name: as the user wrote it.
     devices: descriptions; arrays cannot be put on them.
     memory: bytes that a program may use on a device.
+    device_memory: bytes of which these are a share that the user can change.
   """
 
   name: str
   devices: list[Any]
   memory: int
+  device_memory: int
 
 
 # Bytes that libtpu leaves to a program: what it printed on refusing one that
@@ -45,7 +47,15 @@ _LIBTPU = {
   "TPU_STDERR_LOG_LEVEL": "3",
 }
 
+# Dimensions of a slice's torus.
+_TPU_DIMENSIONS = {"v5e": 2, "v5p": 3, "v6e": 2}
+_DIMENSIONS = {2: "two", 3: "three"}
+
 _GPUS_PER_NODE = 8
+
+# Of a GPU's memory, what JAX allocates from; the first is the name of today.
+FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+_FRACTION = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,37 +102,48 @@ device_description_str: "{description}"
 
 
 def machine(topology: str) -> Machine:
-  """The machine of a name such as "v5e:16x16", "v5p:8x8x8" or "h200:64".
+  """The machine of a name such as "v5e:16x16", "v5e:16x16*2" or "h200:64".
 
   Raises:
     UserError: there is no such machine, or what compiles for it is not
       installed.
   """
   kind, _, size = topology.partition(":")
-  if kind in _TPU_MEMORY and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", size):
-    return _tpus(topology, kind)
+  if kind in _TPU_MEMORY:
+    slices = re.fullmatch(r"([1-9]\d*(?:x[1-9]\d*)+)(?:\*([1-9]\d*))?", size)
+    if slices:
+      return _tpus(topology, kind, slices[1], int(slices[2] or 1))
   if kind in _GPUS and re.fullmatch(r"[1-9]\d*", size):
     return _gpus(topology, kind, int(size))
   raise UserError(
     f"The topology {topology!r} is not known; give chips of a TPU slice as "
     f"{', '.join(_TPU_MEMORY)} with the slice's shape, such as v5e:16x16 or "
-    f"v5p:8x8x8, or a number of GPUs as {' or '.join(_GPUS)}, such as h200:64."
+    "v5p:8x8x8, of two slices v5e:16x16*2, or a number of GPUs as "
+    f"{' or '.join(_GPUS)}, such as h200:64."
   )
 
 
-def _tpus(topology: str, kind: str) -> Machine:
+def _tpus(topology: str, kind: str, shape: str, slices: int) -> Machine:
+  dimensions = _TPU_DIMENSIONS[kind]
+  if shape.count("x") + 1 != dimensions:
+    raise UserError(
+      f"The topology {topology!r} is not one of {kind}, whose slices have "
+      f"{_DIMENSIONS[dimensions]} dimensions: give it as "
+      f"{kind}:{'x'.join(['8'] * dimensions)}."
+    )
   _require("libtpu", topology)
   for name, value in _LIBTPU.items():
     os.environ.setdefault(name, value)
   try:
     devices = topologies.get_topology_desc(
-      platform="tpu", topology_name=topology
+      platform="tpu", topology_name=f"{kind}:{shape}", num_slices=slices
     ).devices
   except (RuntimeError, ValueError) as error:
     raise UserError(
       f"There is no TPU slice {topology!r}: {str(error).splitlines()[0]}."
     ) from error
-  return Machine(topology, devices, _TPU_MEMORY[kind])
+  memory = _TPU_MEMORY[kind]
+  return Machine(topology, devices, memory, memory)
 
 
 def _gpus(topology: str, kind: str, count: int) -> Machine:
@@ -135,7 +156,27 @@ def _gpus(topology: str, kind: str, count: int) -> Machine:
     target_config=_TARGET.format(**dataclasses.asdict(gpu)),
     topology=f"1x{count // per_node}x{per_node}",
   ).devices
-  return Machine(topology, devices, gpu.memory)
+  memory = int(gpu.memory * _fraction())
+  return Machine(topology, devices, memory, gpu.memory)
+
+
+def _fraction() -> float:
+  """The share of a GPU's memory that JAX would allocate from."""
+  for name in FRACTIONS:
+    value = os.environ.get(name)
+    if not value:
+      continue
+    try:
+      fraction = float(value)
+    except ValueError:
+      fraction = 0.0
+    if not 0 < fraction <= 1:
+      raise UserError(
+        f"The environment variable {name} is {value!r}; it must be a number "
+        "above 0, at most 1."
+      )
+    return fraction
+  return _FRACTION
 
 
 def _require(module: str, topology: str) -> None:

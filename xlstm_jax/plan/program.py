@@ -29,6 +29,7 @@ class Plan:
 
   Attributes:
     topology: name of the machine.
+    platform: "tpu" or "gpu".
     device_kind: of its devices.
     devices: how many.
     mesh: devices along each axis.
@@ -48,11 +49,13 @@ class Plan:
     program_bytes: the code.
     peak_bytes: all of it, as far as it lives at once.
     memory: what a program may use.
+    device_memory: of which `memory` is a share.
     collectives: by kind.
     compile_seconds: taken to lower and compile, here.
   """
 
   topology: str
+  platform: str
   device_kind: str
   devices: int
   mesh: dict[str, int]
@@ -71,6 +74,7 @@ class Plan:
   program_bytes: int | None
   peak_bytes: int
   memory: int
+  device_memory: int
   collectives: dict[str, Traffic]
   compile_seconds: float
 
@@ -101,6 +105,7 @@ def plan(cfg: RunConfig, machine: Machine) -> Plan:
     memory, communication = _compile(lowered)
   return Plan(
     topology=machine.name,
+    platform=machine.devices[0].platform,
     device_kind=device_kind,
     devices=len(machine.devices),
     mesh=dict(mesh.shape),
@@ -120,6 +125,7 @@ def plan(cfg: RunConfig, machine: Machine) -> Plan:
     optimizer_bytes=bytes_per_device(state.moments),
     batch_bytes=bytes_per_device(batch),
     memory=machine.memory,
+    device_memory=machine.device_memory,
     collectives=communication,
     temporary_bytes=memory.temporary,
     program_bytes=memory.program,
@@ -165,9 +171,14 @@ def _compile(lowered: Any) -> tuple[_Memory, dict[str, Traffic]]:
 def out_of_memory(message: str) -> int | None:
   """The bytes of which a compiler says that the device does not have them.
 
-  None if the message is of something else.
+  None if the message is of something else, as of VMEM, which no smaller batch
+  makes room in.
   """
-  needed = re.search(r"Ran out of memory.*?\(?([\d.]+)([KMGT])\)?", message)
+  needed = re.search(
+    r"Ran out of memory (?:on|in memory space) hbm\b.*?(\d[\d.]*)([KMGT])",
+    message,
+    re.IGNORECASE,
+  )
   if needed is None:
     return None
   return int(float(needed[1]) * 1024 ** (1 + "KMGT".index(needed[2])))
@@ -177,9 +188,11 @@ def search(cfg: RunConfig, machine: Machine) -> Iterator[Plan]:
   """Compiles with larger and larger batches, recomputing as little as possible.
 
   The batch begins with one row per share of the mesh and accumulation part,
-  and doubles until it does not fit; then the next policy recomputes more. The
-  last plan that fits has the largest batch, and of the policies under which it
-  fits the one that recomputes least.
+  and doubles until it does not fit; the largest multiple of the first batch
+  that fits is then found by bisection. The next policy, which recomputes more,
+  begins with the smallest that did not. The last plan that fits has the
+  largest batch, and of the policies under which it fits the one that
+  recomputes least.
   """
   sizes = dict(
     zip(
@@ -189,13 +202,20 @@ def search(cfg: RunConfig, machine: Machine) -> Iterator[Plan]:
     )
   )
   rows = sizes["data"] * sizes["fsdp"] * cfg.accumulation
+  # Both in units of `rows`.
+  fitting, units = 0, 1
   for remat in REMAT:
-    while True:
-      compute = dataclasses.replace(cfg.compute, remat=remat)
+    compute = dataclasses.replace(cfg.compute, remat=remat)
+    too_many = None
+    while too_many is None or too_many - fitting > 1:
       found = plan(
-        dataclasses.replace(cfg, compute=compute, batch_size=rows), machine
+        dataclasses.replace(cfg, compute=compute, batch_size=rows * units),
+        machine,
       )
       yield found
-      if not found.fits:
-        break
-      rows *= 2
+      if found.fits:
+        fitting = units
+      else:
+        too_many = units
+      units = 2 * units if too_many is None else (fitting + too_many) // 2
+    units = too_many

@@ -7,6 +7,7 @@ measurements.
 """
 
 import dataclasses
+import re
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,8 @@ RESERVED = 10240  # of it, for vectors, barriers and reductions
 MULTIPROCESSORS = 132
 MAX_DIM = 512
 CHUNKS = (128, 256)
+# Names of Hopper GPUs: a mesh of described devices tells no capability.
+_HOPPER = re.compile(r"NVIDIA G?H\d")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,10 +143,17 @@ def refusal(
 
 
 def device_refusal() -> str | None:
-  """Why the kernels do not run on the default device, or None."""
+  """Why the kernels do not run on this device, or None.
+
+  It is that of the mesh, which need not be there, else the default one.
+  """
   device = jax.devices()[0]
-  capability = getattr(device, "compute_capability", None)
-  if device.platform != "gpu" or capability != "9.0":
+  hopper = getattr(device, "compute_capability", None) == "9.0"
+  described = jax.sharding.get_abstract_mesh().abstract_device
+  if described is not None and described.device_kind != device.device_kind:
+    device = described
+    hopper = _HOPPER.match(device.device_kind) is not None
+  if device.platform != "gpu" or not hopper:
     return (
       "it needs a Hopper GPU (compute capability 9.0), and the device is "
       f"{device.device_kind}"
