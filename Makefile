@@ -22,7 +22,7 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 quickstart: $(VENV)/installed  ## prepare, train, evaluate and sample on CPU
-	$(BIN)/python scripts/quickstart.py --workdir=$(WORKDIR)
+	$(BIN)/python scripts/quickstart.py '--workdir=$(WORKDIR)'
 
 test: $(VENV)/plan-installed  ## the quick tests
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(TESTS)
@@ -41,12 +41,12 @@ format: $(VENV)/installed  ## rewrite to the house format
 
 lock:  ## pin the newest versions again, for both ends of the jax range
 	$(PYTHON) -m uv pip compile -q --python-version 3.12 --no-annotate \
-	  --no-header --no-emit-index-url --extra cpu --extra dev --extra plan \
-	  --upgrade pyproject.toml -o constraints/newest.txt
+	  --no-header --no-emit-index-url --extra cpu --extra cuda13 --extra tpu \
+	  --extra dev --extra plan --upgrade pyproject.toml -o constraints/newest.txt
 	printf '%s==0.11.2\n' jax jax-cuda13-plugin jax-cuda13-pjrt | \
 	  $(PYTHON) -m uv pip compile -q --python-version 3.12 --no-annotate \
-	  --no-header --no-emit-index-url --extra cpu --extra dev --extra plan \
-	  --upgrade --constraint - pyproject.toml -o constraints/jax-0.11.txt
+	  --no-header --no-emit-index-url --extra cpu --extra cuda13 --extra tpu \
+	  --extra dev --extra plan --upgrade --constraint - pyproject.toml -o constraints/jax-0.11.txt
 
 clean:  ## remove the environment
 	rm -rf $(VENV)

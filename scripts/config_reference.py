@@ -20,7 +20,13 @@ HEAD = """# Settings
 Every key of a run's configuration, made from the schema by
 `python scripts/config_reference.py`. Set them in an experiment file or as
 `--config.KEY=VALUE`; `None` and tuples are written as in Python
-(`--config.optim.clip_norm=None`, `--config.data.paths="('a', 'b')"`).
+(`--config.optim.clip_norm=None`, `--config.model.slstm_at="(1, 3)"`), and
+numbers may be listed without brackets (`--config.model.slstm_at=1,3`).
+
+Paths are taken as they are, with spaces and commas: a comma does not separate
+them. Repeat the flag for several
+(`--config.data.paths=a --config.data.paths="b c"`), or write a tuple of strings
+(`--config.data.paths="('a', 'b c')"`).
 """
 
 

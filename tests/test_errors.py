@@ -1,12 +1,16 @@
 """What is said to users are sentences."""
 
 import ast
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from xlstm_jax.errors import shown
+from xlstm_jax.errors import exit_code, shown
 
 PACKAGE = Path(__file__).parent.parent / "xlstm_jax"
 
@@ -70,3 +74,51 @@ def test_values_are_shown_in_few_words():
   for value in ("a" * 10_000, [1] * 10_000, nested, {1: "b" * 500}, 10**3000):
     assert len(shown(value)) < 300
   assert shown("short") == "'short'"
+
+
+def test_ctrl_c_is_one_line_and_its_status(capsys):
+  def main():
+    raise KeyboardInterrupt
+
+  assert exit_code(main) == 130
+  assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_broken_pipe_that_is_not_stdout_is_a_defect():
+  def main():
+    raise BrokenPipeError
+
+  with pytest.raises(BrokenPipeError):
+    exit_code(main)
+
+
+@pytest.mark.parametrize("unbuffered", ["1", ""])
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_reader_that_goes_away_ends_the_command_quietly(flush, unbuffered):
+  """As in `generate ... | head`, at a print or at the very end."""
+  program = f"""
+import sys
+from xlstm_jax.errors import exit_code
+
+def main():
+  sys.stdin.read()
+  for n in range({9 if flush else 1}):
+    print("a line", n, flush={flush})
+
+sys.exit(exit_code(main))
+"""
+  with subprocess.Popen(
+    [sys.executable, "-c", program],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    env=os.environ
+    | {"PYTHONPATH": str(PACKAGE.parent), "PYTHONUNBUFFERED": unbuffered},
+  ) as process:
+    assert process.stdin
+    assert process.stdout
+    assert process.stderr
+    process.stdout.close()
+    process.stdin.close()
+    assert process.stderr.read() == b""
+  assert process.returncode == 128 + signal.SIGPIPE

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from xlstm_jax.sharding import MeshConfig, make_mesh
 HOST = Path(__file__).with_name("evaluating_host.py")
 E = 256
 SOURCES = ("prose", "code")
+UNITS = ("perplexity", "bits/byte")
 # Empty, longer than a window, ending where a window ends, not ASCII.
 DOCUMENTS = [
   (b"alpha", 0),
@@ -319,12 +321,43 @@ def test_the_command_prints_and_writes_what_was_measured(
     found = entry["total"] if name == "total" else entry["sources"][name]
     assert found["nats"] == pytest.approx(expected.nats, rel=2e-6)
     (line,) = (line for line in lines if line.startswith(f"{name} "))
+    perplexity = math.exp(expected.nats / expected.tokens)
+    assert found["perplexity"] == pytest.approx(perplexity, rel=2e-6)
     cells = line.split()
-    assert cells[1:3] == [f"{expected.bytes:,}", f"{expected.tokens:,}"]
-    assert cells[4] == f"{found['bits_per_byte']:.4f}"
-    baselines = found["bits_per_byte_of"]
-    assert cells[5:] == [f"{baselines[n]:.4f}" for n in ("unigram", "bigram")]
+    assert cells[1:] == [
+      f"{expected.bytes:,}",
+      f"{expected.tokens:,}",
+      f"{found['perplexity']:.4f}",
+      f"{found['bits_per_byte']:.4f}",
+      f"{found['perplexity_of']['unigram']:.4f}",
+      f"{found['bits_per_byte_of']['unigram']:.4f}",
+      f"{found['perplexity_of']['bigram']:.4f}",
+      f"{found['bits_per_byte_of']['bigram']:.4f}",
+    ]
+  names, units = lines[lines.index(f"heldout of {dataset}") + 1 :][:2]
+  assert headings(names, units) == [
+    *("source", "bytes", "targets", "perplexity", "bits/byte"),
+    *("unigram perplexity", "unigram bits/byte"),
+    *("bigram perplexity", "bigram bits/byte"),
+  ]
+  assert max(map(len, lines)) <= 100
   assert entry["total"]["documents"] == len(DOCUMENTS)
+
+
+def headings(names, units):
+  """What stands in both lines of a column, which ends where its unit does."""
+  ends = [match.end() for match in re.finditer(r"\S+", units)]
+  return [
+    f"{names[start:end].strip()} {units[start:end].strip()}".strip()
+    for start, end in zip([0, *ends], ends, strict=False)
+  ]
+
+
+def test_without_baselines_the_table_has_one_line_of_heads(split):
+  result = score(split)
+  head, first, *_ = evaluate.table(result, {}).splitlines()
+  assert head.split() == ["source", "bytes", "targets", *UNITS]
+  assert first.split()[0] in SOURCES
 
 
 def test_the_baselines_score_the_same_targets(run, dataset, tmp_path):
@@ -341,8 +374,11 @@ def test_the_baselines_score_the_same_targets(run, dataset, tmp_path):
         pairs = zip([E, *text], [*text, E], strict=True)
         nats -= sum(counted.bigram_ZZ[a, b] for a, b in pairs)
         size += len(text)
-    found = entry["sources"][name]["bits_per_byte_of"]["bigram"]
-    assert found == pytest.approx(nats / math.log(2) / size, rel=1e-12)
+    found = entry["sources"][name]
+    bits = found["bits_per_byte_of"]["bigram"]
+    assert bits == pytest.approx(nats / math.log(2) / size, rel=1e-12)
+    perplexity = math.exp(nats / found["targets"])
+    assert found["perplexity_of"]["bigram"] == pytest.approx(perplexity)
 
 
 def test_the_best_step_is_the_one_of_least_loss(run, tmp_path):
@@ -425,6 +461,16 @@ def test_an_altered_shard_is_refused(run, tmp_path, capsys):
   file.write_bytes(content)
   line = refused(capsys, f"--workdir={run[0]}", f"--data={data}")
   assert str(file) in line
+
+
+def test_help_reads_well(capsys):
+  with pytest.raises(SystemExit) as end:
+    evaluate.main(["--help"])
+  assert end.value.code == 0
+  text = capsys.readouterr().out
+  for part in ("--workdir DIR", "--ngrams", "--json FILE", "examples:"):
+    assert part in text
+  assert max(map(len, text.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

@@ -241,6 +241,16 @@ def command(*arguments):
   return exit_code(lambda: generate_module.main([*map(str, arguments)]))
 
 
+def test_help_reads_well(capsys):
+  with pytest.raises(SystemExit) as end:
+    generate_module.main(["--help"])
+  assert end.value.code == 0
+  text = capsys.readouterr().out
+  for part in ("--workdir DIR", "--prompt TEXT", "--top-k K", "examples:"):
+    assert part in text
+  assert max(map(len, text.splitlines())) <= 80
+
+
 def test_the_command_prints_the_prompt_and_its_continuation(
   run_of_bytes, capsys
 ):

@@ -307,9 +307,15 @@ def test_changed_inputs_are_refused(corpus: Path, tmp_path: Path):
 @pytest.mark.parametrize(
   ("option", "message"),
   [
-    ("--heldout-fraction=0.3", "--heldout-fraction=0.2, not 0.3"),
-    ("--shard-size=7", "--shard-size=512, not 7"),
-    ("--max-document-size=7", "--max-document-size=256, not 7"),
+    (
+      "--heldout-fraction=0.3",
+      "begun with --heldout-fraction=0.2, not with --heldout-fraction=0.3;",
+    ),
+    ("--shard-size=7", "--shard-size=512, not with --shard-size=7;"),
+    (
+      "--max-document-size=7",
+      "--max-document-size=256, not with --max-document-size=7;",
+    ),
   ],
 )
 def test_other_settings_are_refused(
@@ -327,12 +333,70 @@ def test_another_tokenizer_is_refused(
   run_default(corpus, output)
   before = content(output)
   (tmp_path / "saved").mkdir()
-  tokenizer.train(texts, 300).save(tmp_path / "saved")
-  for option in (f"--tokenizer={tmp_path}/saved", "--train-tokenizer=300"):
-    with pytest.raises(UserError, match="begun with --"):
+  other = tokenizer.train(texts, 300)
+  other.save(tmp_path / "saved")
+  byte = f"{BYTE} ({tokenizer.ByteTokenizer.hash[:12]})"
+  for option, named in {
+    f"--tokenizer={tmp_path}/saved": (
+      f"--tokenizer=tokenizer.json ({other.hash[:12]})"
+    ),
+    "--train-tokenizer=300": "--train-tokenizer=300 --train-tokenizer-size=64",
+  }.items():
+    with pytest.raises(UserError) as error:
       run(f"--input={corpus}", f"--output={output}", option,
           "--heldout-fraction=0.2")  # fmt: skip
+    assert f"begun with {byte}, not with {named}; use" in str(error.value)
   assert content(output) == before
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (["--train-tokenizer-size=9", BYTE], "=9 is for --train-tokenizer=N, but"),
+    (["--end-of-text=</s>", BYTE], "=</s> is for a .*, but --tokenizer=byte"),
+    (
+      ["--end-of-text=</s>", "--train-tokenizer=300"],
+      "but --train-tokenizer=300 has an end of text of its own",
+    ),
+    (
+      ["--end-of-text=</s>", "--tokenizer={saved}"],
+      "but --tokenizer=.* has an end of text of its own",
+    ),
+  ],
+)
+def test_options_that_nothing_heeds_are_refused(
+  corpus: Path, tmp_path: Path, options: list[str], message: str
+):
+  (tmp_path / "saved").mkdir()
+  tokenizer.ByteTokenizer().save(tmp_path / "saved")
+  given = [option.format(saved=tmp_path / "saved") for option in options]
+  with pytest.raises(UserError, match=message):
+    run(f"--input={corpus}", f"--output={tmp_path}/out", *given)
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["C.JSONL", "c.ndjson", "c.JsonL.GZ"])
+def test_names_of_lines_are_known_in_any_case(
+  tmp_path: Path, texts: list[str], name: str
+):
+  data = as_lines(texts)
+  packed = gzip.compress(data) if name.endswith("GZ") else data
+  (tmp_path / name).write_bytes(packed)
+  run_default(tmp_path / name, tmp_path / "out")
+  totals = files.read_manifest(tmp_path / "out").splits.values()
+  assert sum(split.total.documents for split in totals) == len(texts)
+
+
+def test_a_json_file_is_refused_and_in_a_folder_announced(
+  tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+  folder = tmp_path / "code"
+  folder.mkdir()
+  (folder / "package.json").write_text("{}")
+  with pytest.raises(UserError, match=r"package\.json ends in \.json .*jq"):
+    run_default(folder / "package.json", tmp_path / "out")
+  assert run_default(folder, tmp_path / "out") == 0
+  assert "reading 1 files that end in .json as one" in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_something_else_is_refused(
@@ -417,10 +481,36 @@ def test_bad_lines_are_reported_and_counted(
   assert f"skipping {corpus}:5: empty line\n" in errors
   assert f"skipping {corpus}:6: not JSON: " in errors
   assert f"skipping {corpus}:7: not UTF-8: invalid start byte\n" in errors
-  origin = files.read_manifest(tmp_path / "out").origin
-  assert origin["skipped"] == 3
-  assert [p["line"] for p in origin["first_skipped"]] == [5, 6, 7]
-  assert {p["file"] for p in origin["first_skipped"]} == {"c.jsonl"}
+  assert "not shown" not in errors
+  assert files.read_manifest(tmp_path / "out").origin["skipped"] == 3
+  listed = skipped(tmp_path / "out")
+  assert [entry["line"] for entry in listed] == [5, 6, 7]
+  assert {entry["file"] for entry in listed} == {"c.jsonl"}
+  assert listed[0]["reason"] == "empty line"
+
+
+def skipped(directory: Path) -> list[dict[str, Any]]:
+  lines = (directory / "skipped.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def test_all_bad_lines_are_listed_though_few_are_shown(
+  tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+  corpus = tmp_path / "c.jsonl"
+  corpus.write_bytes(as_lines(["text"] * 9) + b"{\n" * 150)
+  output = tmp_path / "out"
+  with pytest.raises(UserError, match=r"101 lines .*skipped\.jsonl lists them"):
+    run_default(corpus, output)
+  assert [entry["line"] for entry in skipped(output)] == [*range(10, 111)]
+  capsys.readouterr()
+  assert run_default(corpus, output, "--max-bad-lines=150") == 0
+  out, err = capsys.readouterr()
+  assert err.count("skipping ") == 20
+  listing = output / "skipped.jsonl"
+  assert f"further ones are not shown; {listing} lists them all\n" in err
+  assert "skipped 150 lines or files that cannot be read (listed in" in out
+  assert [entry["line"] for entry in skipped(output)] == [*range(10, 160)]
 
 
 @pytest.mark.usefixtures("small_steps")
@@ -436,6 +526,7 @@ def test_too_many_bad_lines_are_refused_and_a_higher_number_continues(
     UserError, match=r"3 lines .*c\.jsonl:141: not JSON.*--max-bad-lines=2"
   ):
     run_default(corpus, tmp_path / "out", "--max-bad-lines=2")
+  assert [e["line"] for e in skipped(tmp_path / "out")] == [101, 121, 141]
   capsys.readouterr()
   assert run_default(corpus, tmp_path / "out", "--max-bad-lines=5") == 0
   errors = capsys.readouterr().err

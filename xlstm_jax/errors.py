@@ -1,8 +1,12 @@
 """The one exception for what a user can cause, and how commands report it."""
 
+import os
 import reprlib
+import select
+import signal
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 
 class UserError(ValueError):
@@ -25,11 +29,37 @@ def shown(value: object) -> str:
 def exit_code(main: Callable[[], int | None]) -> int:
   """Runs a command's `main` and returns its exit status.
 
-  A `UserError` becomes one line on stderr and status 2; every other exception
-  is a defect of ours and keeps its traceback.
+  A `UserError` becomes one line on stderr and status 2; Ctrl-C and a reader of
+  stdout that went away, as `head` does, end it as their signals would. Every
+  other exception is a defect of ours and keeps its traceback.
   """
   try:
-    return main() or 0
+    status = main() or 0
+    sys.stdout.flush()
+    return status
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    return 128 + signal.SIGINT
+  except BrokenPipeError:
+    if not _is_unread(sys.stdout):
+      raise
+    return 128 + signal.SIGPIPE
+
+
+def _is_unread(stream: TextIO) -> bool:
+  """Whether nobody reads a stream; then what is left for it goes nowhere."""
+  try:
+    descriptor = stream.fileno()
+  except OSError:
+    # It is no file of the system.
+    return False
+  poll = select.poll()
+  poll.register(descriptor, 0)
+  unread = any(event & select.POLLERR for _, event in poll.poll(0))
+  if unread:
+    # Else the interpreter would write the rest at its end, and complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+  return unread

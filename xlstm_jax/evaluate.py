@@ -474,18 +474,23 @@ def table(result: Result, baselines: Mapping[str, Result]) -> str:
 
   Args:
     result: of the model.
-    baselines: others on the same targets, of which the bits per byte stand
-      beside the model's.
+    baselines: others on the same targets, which stand beside the model.
   """
   names = sorted(result.sources, key=lambda n: -result.sources[n].tokens)
-  head = ["source", "bytes", "targets", "perplexity", "bits/byte", *baselines]
-  rows = [head]
+  # Two lines, so that the names of the baselines stand above their units.
+  rows = [
+    [*[""] * 5, *(name for name in baselines for _ in range(2))],
+    ["source", "bytes", "targets"]
+    + ["perplexity", "bits/byte"] * (1 + len(baselines)),
+  ]
   for name in names:
     others = [other.sources[name] for other in baselines.values()]
     rows.append(_row(name, result.sources[name], others))
   rows.append(
     _row("total", result.total, [other.total for other in baselines.values()])
   )
+  if not baselines:
+    del rows[0]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return "\n".join(
     "  ".join(
@@ -497,12 +502,13 @@ def table(result: Result, baselines: Mapping[str, Result]) -> str:
 
 
 def _row(name: str, score: Score, others: Iterable[Score]) -> list[str]:
-  bits = [
-    "-" if one.bits_per_byte is None else f"{one.bits_per_byte:.4f}"
-    for one in (score, *others)
-  ]
   size = "-" if score.bytes is None else f"{score.bytes:,}"
-  return [name, size, f"{score.tokens:,}", f"{score.perplexity:.4f}", *bits]
+  cells = [name, size, f"{score.tokens:,}"]
+  for one in (score, *others):
+    bits = one.bits_per_byte
+    cells.append(f"{one.perplexity:.4f}")
+    cells.append("-" if bits is None else f"{bits:.4f}")
+  return cells
 
 
 def _as_json(
@@ -516,6 +522,9 @@ def _as_json(
       "nats": _finite(score.nats),
       "perplexity": _finite(score.perplexity),
       "bits_per_byte": _finite(score.bits_per_byte),
+      "perplexity_of": {
+        name: _finite(other.perplexity) for name, other in others.items()
+      },
       "bits_per_byte_of": {
         name: _finite(other.bits_per_byte) for name, other in others.items()
       },

@@ -5,6 +5,7 @@ import collections
 import contextlib
 import errno
 import fcntl
+import json
 import math
 import multiprocessing
 import os
@@ -33,8 +34,8 @@ from xlstm_jax.errors import UserError, exit_code
 _DESCRIPTION = """\
 Turns text into token shards that training, evaluation and generation read.
 
-Inputs are files or folders. Names that end in .jsonl, .jsonl.gz or .jsonl.zst
-hold a document a line, as SlimPajama does:
+Inputs are files or folders. Names that end in .jsonl or .ndjson, and in .gz or
+.zst after that, hold a document a line, as SlimPajama does:
   {"text": "...", "meta": {"redpajama_set_name": "RedPajamaWikipedia"}}
 Every other file is one document of plain text. All text is UTF-8. Folders are
 read recursively in sorted order, without hidden files and symbolic links.
@@ -55,7 +56,8 @@ _MIB = 2**20
 _TASK_BYTES = _MIB
 _COMMIT_SECONDS = 10.0
 _SHOWN_PROBLEMS = 20
-_LISTED_PROBLEMS = 100
+# Text to train a tokenizer on.
+_TRAINING_MIB = 64
 _WRITE_ERRORS = (
   errno.ENOSPC,
   errno.EDQUOT,
@@ -152,10 +154,9 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--train-tokenizer-size",
     type=_number(int, 1, 2**20),
-    default=64,
     metavar="MIB",
     help="text to train the tokenizer on, in equal parts from the beginning "
-    "of every --input (default: %(default)s)",
+    f"of every --input (default: {_TRAINING_MIB})",
   )
   parser.add_argument(
     "--workers",
@@ -193,6 +194,7 @@ def _number[N: (int, float)](
 
 
 def _prepare(options: argparse.Namespace) -> int:
+  _refuse_ignored(options)
   inputs = documents.find(options.input)
   output = Path(options.output)
   _refuse_nesting(output, options.input)
@@ -201,6 +203,8 @@ def _prepare(options: argparse.Namespace) -> int:
       f"passing over {inputs.hidden} hidden entries and {inputs.links} "
       "symbolic links"
     )
+  if number := sum(one.json for one in inputs.files):
+    _say(f"reading {number} files that end in .json as one text each")
   with _exclusive(output), _explained(output):
     return _Preparation(options, inputs.files, output).run()
 
@@ -222,10 +226,12 @@ class _Preparation:
     self._journal = self._recognise()
     self._writers: dict[str, writer.SplitWriter] = {}
     self._source_ids = {name: i for i, name in enumerate(self._journal.sources)}
+    self._skipped = _Skipped(output / files.SKIPPED)
 
   def run(self) -> int:
     if (self._output / files.MANIFEST).exists():
       return self._already_finished()
+    self._skipped.cut(self._journal.skipped)
     tokens = self._tokenizer()
     shard_entries = self._options.shard_size * _MIB // tokens.dtype.itemsize
     try:
@@ -306,7 +312,7 @@ class _Preparation:
 
   def _training_texts(self) -> Iterator[str]:
     """Documents that are not held out, the same amount of every argument."""
-    budget = self._options.train_tokenizer_size * _MIB
+    budget = _training_mib(self._options) * _MIB
     share = budget // len(self._options.input)
     for argument in range(len(self._options.input)):
       chosen = [one for one in self._inputs if one.argument == argument]
@@ -419,21 +425,22 @@ class _Preparation:
     where = f"{one.path}:{problem.line}" if problem.line else one.path
     if state.skipped <= _SHOWN_PROBLEMS:
       _say(f"skipping {where}: {problem.reason}")
-    if len(state.first_skipped) < _LISTED_PROBLEMS:
-      state.first_skipped.append(
-        {"file": one.name, "line": problem.line, "reason": problem.reason}
-      )
+    elif state.skipped == _SHOWN_PROBLEMS + 1:
+      _say(f"further ones are not shown; {self._skipped.path} lists them all")
+    self._skipped.add(one.name, problem)
     limit = self._options.max_bad_lines
     if state.skipped > limit:
+      self._skipped.write()
       raise UserError(
         f"{state.skipped} lines or files cannot be read, the last one {where}: "
-        f"{problem.reason}; that is more than --max-bad-lines={limit}. Run "
-        "again with a higher number to continue, or mend the input and begin "
-        "a new --output."
+        f"{problem.reason}; that is more than --max-bad-lines={limit}. "
+        f"{self._skipped.path} lists them. Run again with a higher number to "
+        "continue, or mend the input and begin a new --output."
       )
 
   def _commit(self) -> None:
     """Makes what was appended durable, then says so in the journal."""
+    self._skipped.write()
     for name, split in self._writers.items():
       self._journal.splits[name] = split.flush()
     files.sync_directory(self._output)
@@ -448,14 +455,16 @@ class _Preparation:
     return 128 + number
 
   def _finish(self, tokens: tokenizer.Tokenizer) -> None:
+    self._skipped.write()
     for name, split in self._writers.items():
       self._journal.splits[name] = split.finish()
     totals = self._journal.totals
     if not any(counts.documents for counts in totals.values()):
       raise UserError(
         f"The {len(self._inputs)} input files hold no documents "
-        f"({self._journal.skipped} lines or files could not be read, "
-        f"{self._journal.empty_files} files are empty)."
+        f"({self._journal.skipped} lines or files could not be read"
+        f"{_listed(self._journal.skipped)}, {self._journal.empty_files} files "
+        "are empty)."
       )
     files.sync_directory(self._output)
     self._journal.save(self._output)
@@ -478,7 +487,6 @@ class _Preparation:
         "files": len(self._inputs),
         "content_crc32": state.place.crc,
         "skipped": state.skipped,
-        "first_skipped": state.first_skipped,
         "empty_files": state.empty_files,
       },
     )
@@ -491,6 +499,41 @@ class _Preparation:
     print(f"{self._output} is already prepared, by this command")
     _summarise(manifest)
     return 0
+
+
+class _Skipped:
+  """The list of what could not be read: file, line and reason, as JSON lines.
+
+  It is of use where nothing else is written, after a refusal.
+  """
+
+  def __init__(self, path: Path):
+    self.path = path
+    self._waiting: list[str] = []
+
+  def cut(self, kept: int) -> None:
+    """Keeps so many lines: those that the journal counts."""
+    if kept == 0:
+      self.path.unlink(missing_ok=True)
+    elif self.path.exists():
+      with self.path.open("r+b") as file:
+        for _ in range(kept):
+          file.readline()
+        file.truncate(file.tell())
+
+  def add(self, name: str, problem: documents.Problem) -> None:
+    """Lists one more, with the next `write`."""
+    value = {"file": name, "line": problem.line, "reason": problem.reason}
+    self._waiting.append(f"{json.dumps(value, ensure_ascii=False)}\n")
+
+  def write(self) -> None:
+    """Makes durable what was added."""
+    if self._waiting:
+      with self.path.open("a", encoding="utf-8") as file:
+        file.writelines(self._waiting)
+        file.flush()
+        os.fsync(file.fileno())
+      self._waiting = []
 
 
 class _Progress:
@@ -568,12 +611,16 @@ def _summarise(manifest: files.Manifest) -> None:
   origin = manifest.origin
   if origin["skipped"] or origin["empty_files"]:
     print(
-      f"skipped {origin['skipped']} lines or files that cannot be read "
-      f"(listed in {files.MANIFEST}) and {origin['empty_files']} empty files"
+      f"skipped {origin['skipped']} lines or files that cannot be read"
+      f"{_listed(origin['skipped'])} and {origin['empty_files']} empty files"
     )
   for name, split in manifest.splits.items():
     if not split.shards:
       print(f"the split {name} is empty")
+
+
+def _listed(skipped: int) -> str:
+  return f" (listed in {files.SKIPPED})" if skipped else ""
 
 
 def _split_manifest(
@@ -601,7 +648,7 @@ def _settings(
   else:
     chosen = {
       "train-tokenizer": options.train_tokenizer,
-      "train-tokenizer-size": options.train_tokenizer_size,
+      "train-tokenizer-size": _training_mib(options),
     }
   return {
     **chosen,
@@ -609,6 +656,34 @@ def _settings(
     "max-document-size": options.max_document_size,
     "shard-size": options.shard_size,
   }
+
+
+def _training_mib(options: argparse.Namespace) -> int:
+  return options.train_tokenizer_size or _TRAINING_MIB
+
+
+def _refuse_ignored(options: argparse.Namespace) -> None:
+  """Refuses what the chosen tokenizer would not heed."""
+  size, end = options.train_tokenizer_size, options.end_of_text
+  if options.train_tokenizer is None and size is not None:
+    raise UserError(
+      f"--train-tokenizer-size={size} is for --train-tokenizer=N, but "
+      f"--tokenizer={options.tokenizer} is trained already: give one of them."
+    )
+  if end is None:
+    return
+  if options.train_tokenizer is not None:
+    chosen = f"--train-tokenizer={options.train_tokenizer}"
+  elif options.tokenizer == tokenizer.ByteTokenizer.kind or (
+    (Path(options.tokenizer) / tokenizer.SPEC_FILE).exists()
+  ):
+    chosen = f"--tokenizer={options.tokenizer}"
+  else:
+    return
+  raise UserError(
+    f"--end-of-text={end} is for a tokenizer.json, but {chosen} has an end of "
+    "text of its own: leave --end-of-text out."
+  )
 
 
 def _tasks(
@@ -721,12 +796,28 @@ def _refuse_strangers(output: Path) -> None:
 def _refuse_other_settings(
   output: Path, old: dict[str, Any], new: dict[str, Any]
 ) -> None:
-  for name in [*old, *new]:
-    if old.get(name) != new.get(name):
-      raise UserError(
-        f"{output} was begun with --{name[:40]}={str(old.get(name))[:200]}, "
-        f"not {new.get(name)}; use the same options or another --output."
-      )
+  if old != new:
+    raise UserError(
+      f"{output} was begun with {_typed(old, new)}, not with "
+      f"{_typed(new, old)}; use the same options or another --output."
+    )
+
+
+def _typed(settings: dict[str, Any], others: dict[str, Any]) -> str:
+  """The options that differ from others, about as a user types them."""
+  return " ".join(
+    f"--{name[:40]}={_shortened(value)}"
+    for name, value in settings.items()
+    if name not in others or value != others[name]
+  )
+
+
+def _shortened(value: Any) -> str:
+  """A value of `_settings`, with 12 digits of a tokenizer's hash."""
+  name, separator, hash = str(value)[:200].partition(" ")
+  if name == tokenizer.HuggingFaceTokenizer.kind:
+    name = tokenizer.HUGGING_FACE_FILE
+  return f"{name} ({hash[:12]})" if separator else name
 
 
 def _other_inputs(output: Path) -> UserError:

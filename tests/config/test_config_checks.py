@@ -1,9 +1,11 @@
 """Each cross-check refuses its mistake, and nothing else."""
 
+import typing
+
 import pytest
 
 from xlstm_jax import config
-from xlstm_jax.config import RunConfig, conversion
+from xlstm_jax.config import RunConfig, checks, conversion
 from xlstm_jax.data.format import Counts, Manifest, SplitManifest, TokenizerSpec
 from xlstm_jax.errors import UserError
 
@@ -54,6 +56,19 @@ def test_a_configuration_that_fits_passes():
     8,
   )
   config.validate(cfg(mesh__sequence=8, data__context=24), manifest(), 8)
+  config.validate(
+    cfg(
+      model__mlstm__conv_window=0,
+      model__mlstm__qkv_block=0,
+      model__mlstm__eps=0.0,
+      model__mlstm_large__gate_cap=None,
+      model__feedforward__dropout=0.0,
+      model__dropout=0.99,
+      seed=2**63 - 1,
+    ),
+    manifest(),
+    8,
+  )
 
 
 def test_there_may_be_no_data_yet():
@@ -140,6 +155,46 @@ def test_there_may_be_no_data_yet():
       "make one a multiple of the other",
     ),
     ({"compute__dtype": "float64"}, "float64 needs .*JAX_ENABLE_X64"),
+    ({"seed": -1}, r"seed is -1; .* at least 0 and below 2\^63"),
+    ({"seed": 2**63}, r"seed is 9223372036854775808; .* below 2\^63"),
+    ({"compute__mlstm_chunk": 0}, "mlstm_chunk is 0; .* at least 1"),
+    ({"model__mlstm__num_heads": 0}, r"mlstm\.num_heads is 0; .* 1"),
+    # A mesh that splits heads divides by their number.
+    (
+      {"model__mlstm__num_heads": -3, "mesh__tensor": 2},
+      r"mlstm\.num_heads is -3; it must be at least 1",
+    ),
+    ({"model__mlstm_large__num_heads": 0}, r"large\.num_heads is 0; .* 1"),
+    ({"model__slstm__num_heads": 0}, r"slstm\.num_heads is 0; .* 1"),
+    ({"model__mlstm__factor": 0.0}, r"mlstm\.factor is 0\.0; .* above 0"),
+    ({"model__mlstm_large__qk_factor": -0.5}, r"qk_factor is -0\.5; .* 0"),
+    ({"model__mlstm_large__v_factor": 0.0}, r"v_factor is 0\.0; .* above 0"),
+    ({"model__feedforward__factor": -1.3}, r"rd\.factor is -1\.3; .* above 0"),
+    ({"model__mlstm__round_to": 0}, r"mlstm\.round_to is 0; .* least 1"),
+    ({"model__feedforward__round_to": 0}, r"rd\.round_to is 0; .* least 1"),
+    ({"model__mlstm__conv_window": -1}, r"mlstm\.conv_window is -1; .* 0"),
+    ({"model__slstm__conv_window": -1}, r"slstm\.conv_window is -1; .* 0"),
+    ({"model__mlstm__qkv_block": -4}, r"qkv_block is -4; .* least 0"),
+    ({"model__dropout": 1.0}, r"model\.dropout is 1\.0; .* below 1"),
+    ({"model__dropout": -0.1}, r"model\.dropout is -0\.1; .* at least 0"),
+    ({"model__feedforward__dropout": 1.5}, r"rd\.dropout is 1\.5; .* below 1"),
+    ({"model__norm__eps": -1e-5}, r"model\.norm\.eps is -1e-05; .* least 0"),
+    ({"model__head_norm__eps": -1.0}, r"head_norm\.eps is -1\.0; .* least 0"),
+    ({"model__mlstm__eps": -1.0}, r"mlstm\.eps is -1\.0; .* least 0"),
+    ({"model__mlstm_large__eps": -1.0}, r"large\.eps is -1\.0; .* least 0"),
+    ({"model__logit_cap": 0.0}, r"logit_cap is 0\.0; it must be above 0"),
+    ({"model__mlstm__gate_cap": -1.0}, r"mlstm\.gate_cap is -1\.0; .* 0"),
+    ({"model__mlstm_large__gate_cap": 0.0}, r"large\.gate_cap is 0\.0; .* 0"),
+    (
+      {"model__mlstm_block": "large", "model__mlstm_large__qk_factor": 0.01},
+      r"num_heads=8 a head has no channel left of .*qk_factor=0\.01",
+    ),
+    (
+      {"model__mlstm_block": "large", "model__feedforward__factor": 1e-6}
+      | {"model__feedforward__rounding": "floor"}
+      | {"model__feedforward__round_to": 1},
+      "the feed-forward has no unit left",
+    ),
     (
       {"model__vocab_size": 256},
       "vocab_size is 256, but the tokenizer of corpus has 257 ids",
@@ -174,7 +229,32 @@ def test_all_mistakes_are_told_at_once():
   assert "config.model.vocab_size is 1" in str(error.value)
 
 
-def test_every_key_with_a_least_value_exists():
-  from xlstm_jax.config import checks
+def test_every_key_with_a_range_exists():
+  named = {*checks._AT_LEAST, *checks._NOT_NEGATIVE, *checks._ABOVE_0}
+  assert named | {*checks._DROPOUT} <= set(conversion.keys(RunConfig))
 
-  assert set(checks._AT_LEAST) <= set(conversion.keys(RunConfig))
+
+def test_every_number_of_the_model_has_a_range():
+  named = {*checks._AT_LEAST, *checks._NOT_NEGATIVE, *checks._ABOVE_0}
+  named |= {*checks._DROPOUT}
+  # In ModelConfig itself, so that it holds for imported models too.
+  named |= {f"model.{name}" for name in ("vocab_size", "width", "num_blocks")}
+  # Any number is a bias.
+  named |= {
+    f"model.{mixer}.input_gate_bias" for mixer in ("mlstm", "mlstm_large")
+  }
+  numbers = {
+    key
+    for key in conversion.keys(RunConfig)
+    if key.startswith("model.")
+    and {int, float} & {*typing.get_args(hint_of(key)), hint_of(key)}
+    and key != "model.slstm_at"
+  }
+  assert numbers <= named
+
+
+def hint_of(key):
+  hint = RunConfig
+  for name in key.split("."):
+    hint = conversion.hints(hint)[name]
+  return hint

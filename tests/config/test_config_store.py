@@ -36,8 +36,9 @@ def test_a_folder_without_a_run_is_named(tmp_path):
 )
 def test_a_damaged_file_is_explained(tmp_path, content, message):
   (tmp_path / "config.json").write_bytes(content)
-  with pytest.raises(UserError, match=message):
+  with pytest.raises(UserError, match=message) as error:
     config.load(tmp_path)
+  assert str(error.value).startswith(f"{tmp_path / 'config.json'} is ")
 
 
 def test_keys_that_came_later_have_their_defaults(tmp_path):

@@ -1,11 +1,17 @@
 """Experiment files and command-line overrides, right and wrong."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from xlstm_jax import config
 from xlstm_jax.config import RunConfig
 from xlstm_jax.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 HEAD = """
 from xlstm_jax.config import RunConfig, to_config_dict
 
@@ -52,6 +58,23 @@ def changed(path, *overrides):
       ("--config.data.paths=a", "--config.data.paths=b"),
       {"data.paths": ("a", "b")},
     ),
+    # Names are taken as they are, whatever Python would make of them.
+    (("--config.data.paths=d c",), {"data.paths": ("d c",)}),
+    (("--config.data.paths=a,b",), {"data.paths": ("a,b",)}),
+    (
+      ("--config.data.paths=2024", "--config.data.paths=1e5"),
+      {"data.paths": ("2024", "1e5")},
+    ),
+    (("--config.data.paths=None",), {"data.paths": ("None",)}),
+    (("--config.data.paths=a=b",), {"data.paths": ("a=b",)}),
+    (("--config.data.paths", "a b"), {"data.paths": ("a b",)}),
+    (('--config.data.paths=("a","b")',), {"data.paths": ("a", "b")}),
+    (("--config.data.paths=['a, b']",), {"data.paths": ("a, b",)}),
+    (
+      ("--config.data.paths=('a',)", "--config.data.paths=b"),
+      {"data.paths": ("a", "b")},
+    ),
+    (("--config.data.paths=()",), {}),
     (("--config.model.out_norm=false",), {"model.out_norm": False}),
     (("--noconfig.model.out_norm",), {"model.out_norm": False}),
     (("--config.init_from=a=b",), {"init_from": "a=b"}),
@@ -79,6 +102,13 @@ def test_text_behind_a_colon_reaches_get_config(experiment):
     ("--config.optim=3", "config.optim is a section; .*optim.peak_lr="),
     ("--config.model.slstm_at=1,x", "slstm_at.*must be an integer"),
     ("--config.model.slstm_at=99", "slstm_at names the blocks"),
+    ("--config.data.paths=(a)", r"is '\(a\)'; .* must be a tuple of strings"),
+    ("--config.data.paths=('a')", "must be a tuple of strings"),
+    ("--config.data.paths=['a', 3]", "must be a tuple of strings"),
+    ("--config.data.paths=(", "must be a tuple of strings"),
+    ("--config.data.paths=", "config.data.paths is given without a value"),
+    ("--config.data.paths", "config.data.paths is given without a value"),
+    ("--noconfig.data.paths", "config.data.paths is given without a value"),
     ("--steps=3", "'--steps=3' is not understood"),
     ("steps", "'steps' is not understood"),
   ],
@@ -94,6 +124,21 @@ def test_a_wrong_override_is_explained(experiment, override, message):
     ("  cfg.model.widht = 3\n  return cfg\n", "line 7: there is no .*'width'"),
     ("  cfg.steps = 'x'\n  return cfg\n", "line 7: .*steps"),
     ("  return (\n", "line 7: "),
+    (
+      "  return to_config_dict(RunConfig(stesp=3))\n",
+      "line 7: There is no config.stesp; the nearest key is config.steps.",
+    ),
+    (
+      "  cfg = get_config.__wrapped__\n",
+      "line 7: 'function' object has no attribute '__wrapped__'.",
+    ),
+    ("  def f():\n    pass\n  f(a=1)\n", "line 9: .*argument 'a'"),
+    ("  return cgf\n", "line 7: name 'cgf' is not defined"),
+    (
+      "  from xlstm_jax.config import RunConfg\n",
+      "line 7: cannot import name 'RunConfg' from 'xlstm_jax.config'.$",
+    ),
+    ("  import xlstm\n", "line 7: No module named 'xlstm'.$"),
     ("  pass\n", "returned NoneType"),
     ("  return vars(RunConfig())\n", "returned dict"),
   ],
@@ -104,6 +149,60 @@ def test_a_wrong_experiment_is_explained(experiment, body, message):
     config.from_experiment(path)
   assert path in str(error.value)
   assert "\n" not in str(error.value)
+
+
+# In a process of its own, since annotations are executed in this one.
+MESSAGES = """
+import sys
+from xlstm_jax import config, errors
+
+for path in sys.argv[1:]:
+  try:
+    config.from_experiment(path)
+  except errors.UserError as error:
+    print(error)
+"""
+
+
+def test_a_wrong_argument_of_a_dataclass_is_explained(tmp_path):
+  cases = {
+    "OptimConfig(peaklr=1.0)": "1.py, line 2: There is no config.optim.peaklr; "
+    "the nearest key is config.optim.peak_lr.",
+    "SLSTMConfig(num_head=4)": "2.py, line 2: There is no "
+    "config.model.slstm.num_head; the nearest key is "
+    "config.model.slstm.num_heads.",
+    "ModelConfig(slstm_at=1)": "3.py, line 2: model.slstm_at is 1; it must be "
+    "a tuple of integers, such as (1,).",
+    "ModelConfig(slstm_at=('1',))": "4.py, line 2: model.slstm_at is ('1',); "
+    "it must be a tuple of integers, such as (1,).",
+    "ModelConfig(vocab_size='257')": "5.py, line 2: model.vocab_size is '257'; "
+    "it must be an integer, at least 1.",
+    "RunConfig(steps='10')": "config.steps is '10'; it must be an integer.",
+  }
+  head = (
+    "from xlstm_jax.config import *; from xlstm_jax.optim import *; "
+    "from xlstm_jax.models.config import *\n"
+  )
+  for number, call in enumerate(cases, 1):
+    body = f"cfg = {call}\ndef get_config(): return to_config_dict(cfg)\n"
+    (tmp_path / f"{number}.py").write_text(head + body)
+  files = [f"{number}.py" for number in range(1, len(cases) + 1)]
+  found = subprocess.run(
+    [sys.executable, "-c", MESSAGES, *files],
+    cwd=tmp_path,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert found.stdout.splitlines() == list(cases.values())
+
+
+def test_a_relative_path_has_lines_too(experiment, monkeypatch, tmp_path):
+  experiment("  return cgf\n")
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match=r"^experiment\.py, line 7: name 'cgf'"):
+    config.from_experiment("experiment.py")
 
 
 def test_an_experiment_needs_get_config(experiment):

@@ -28,7 +28,6 @@ def example() -> journal.Journal:
     },
     skipped=1,
     empty_files=2,
-    first_skipped=[{"file": "x", "line": 1, "reason": "empty line"}],
   )
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from xlstm_jax import prepare
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "quickstart.py"
 
@@ -34,12 +36,16 @@ def test_what_is_prepared_is_not_prepared_again(script, tmp_path):
 
 
 def test_it_stops_where_a_step_fails(script, tmp_path, capfd):
-  missing = ["--", "--config.steps=0"]
-  (tmp_path / "data").mkdir()
-  (tmp_path / "data" / "manifest.json").touch()
-  assert script["main"]([f"--workdir={tmp_path}", *missing]) == 2
+  corpus = tmp_path / "corpus.txt"
+  corpus.write_text("text")
+  arguments = [f"--input={corpus}", f"--output={tmp_path / 'data'}"]
+  assert prepare.main([*arguments, "--tokenizer=byte", "--workers=1"]) == 0
+  wrong = ["--", "--config.steps=0"]
+  assert script["main"]([f"--workdir={tmp_path}", *wrong]) == 2
   out, err = capfd.readouterr()
+  assert "$ python -m xlstm_jax.train" in out
   assert "xlstm_jax.evaluate" not in out
+  assert "config.steps is 0; it must be at least 1." in err
   assert "ended with status 2" in err
 
 
@@ -52,14 +58,21 @@ def test_the_whole_of_it_and_again(script, tmp_path, capfd, monkeypatch):
     "--config.optim.warmup_steps=2",
     "--config.model.width=32",
   ]
-  arguments = [f"--workdir={tmp_path}", "--", *short]
+  workdir = tmp_path / "with a space"
+  arguments = [f"--workdir={workdir}", "--", *short]
   assert script["main"](arguments) == 0
   out, _ = capfd.readouterr()
   assert "bits per byte" in out
-  assert (tmp_path / "loss.png").stat().st_size > 0
-  scored = json.loads((tmp_path / "heldout.json").read_text())
+  assert (workdir / "loss.png").stat().st_size > 0
+  assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+  scored = json.loads((workdir / "heldout.json").read_text())
   (data,) = scored["data"].values()
   assert set(data["total"]["bits_per_byte_of"]) == {"unigram", "bigram"}
+  _, table = out.split(f"heldout of {workdir / 'data'}\n")
+  names = [line.split()[0] for line in table.split("\n\n")[0].splitlines()]
+  assert names[:2] == ["unigram", "source"]
+  assert sorted(names[2:]) == sorted([*data["sources"], "total"])
+  assert len(data["sources"]) > 3
   # What is done stays done.
   assert script["main"](arguments) == 0
   out, _ = capfd.readouterr()

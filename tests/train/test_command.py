@@ -1,11 +1,16 @@
 """The command line."""
 
+from pathlib import Path
+
 import pytest
 
 from xlstm_jax import errors
 from xlstm_jax.train import command, peers
 from xlstm_jax.train.interrupt import Interrupt
 from xlstm_jax.train.status import Status
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = f"--config={ROOT / 'experiments' / 'quickstart.py'}"
 
 
 def test_help_reads_well(capsys):
@@ -24,7 +29,14 @@ def test_help_reads_well(capsys):
   ("arguments", "message"),
   [
     (["--config=none.py", "--workdir=x"], "There is no experiment file"),
-    (["--config=none.py", "--workdir=x", "--stesp=3"], "no experiment file"),
+    (
+      [QUICKSTART, "--workdir=x", "--stesp=3"],
+      "The argument '--stesp=3' is not understood",
+    ),
+    (
+      [QUICKSTART, "--workdir=x", "--config.stesp=3"],
+      "There is no config.stesp; the nearest key is config.steps.",
+    ),
   ],
 )
 def test_a_mistake_is_one_line_and_status_2(capsys, arguments, message):

@@ -132,6 +132,20 @@ def test_a_finished_run_says_so(whole, cfg, capsys):
   assert "is finished: 60 of 60 steps" in capsys.readouterr().out
 
 
+def test_a_finished_run_says_so_without_its_data(whole, tmp_path, capsys):
+  shutil.copytree(whole, tmp_path / "run")
+  cfg = config.load(whole)
+  gone = dataclasses.replace(
+    cfg, data=dataclasses.replace(cfg.data, paths=(str(tmp_path / "gone"),))
+  )
+  config.save(tmp_path / "run", gone)
+  assert loop.train(gone, tmp_path / "run") == 0
+  assert "is finished: 60 of 60 steps" in capsys.readouterr().out
+  # What is left to do needs them.
+  with pytest.raises(UserError, match="gone holds no prepared dataset"):
+    loop.train(dataclasses.replace(gone, steps=61), tmp_path / "run")
+
+
 def test_changes_are_listed_and_applied(whole, cfg, capsys):
   optim = dataclasses.replace(cfg.optim, peak_lr=0.5)
   loop.train(dataclasses.replace(cfg, optim=optim), whole)

@@ -147,6 +147,9 @@ def test_other_data_under_the_same_name_are_refused(
   (tmp_path / "text" / "a.txt").write_text("another text " * 400)
   prepared(tmp_path / "text", data, "--heldout-fraction=0")
   assert json.loads((data / "manifest.json").read_text()) != manifest
+  # A run that is finished needs none; what goes on does.
+  assert loop.train(moved, workdir) == 0
+  moved = dataclasses.replace(moved, steps=10)
   with pytest.raises(
     UserError, match=rf"{data} was prepared anew.*accept_changes=true"
   ):

@@ -24,11 +24,14 @@ def validate(cfg: RunConfig, manifest: Manifest | None, devices: int) -> None:
   Raises:
     UserError: names every problem, a sentence each.
   """
+  out_of_range = list(_range_problems(cfg))
   problems = [
-    *_range_problems(cfg),
+    *out_of_range,
     *_optim_problems(cfg),
     *_limit_problems(cfg),
-    *_mesh_problems(cfg, devices),
+    # These divide by such numbers.
+    *(() if out_of_range else _channel_problems(cfg)),
+    *(() if out_of_range else _mesh_problems(cfg, devices)),
     *_other_problems(cfg),
     *(_data_problems(cfg, manifest) if manifest is not None else ()),
   ]
@@ -41,7 +44,6 @@ _AT_LEAST = {
   "steps": 1,
   "batch_size": 1,
   "accumulation": 1,
-  "seed": 0,
   "log_every": 1,
   "eval_every": 1,
   "eval_tokens": 1,
@@ -59,7 +61,34 @@ _AT_LEAST = {
   "health.max_rollbacks": 0,
   "optim.warmup_steps": 0,
   "optim.cooldown_steps": 0,
+  "compute.mlstm_chunk": 1,
+  "model.feedforward.round_to": 1,
+  "model.mlstm.num_heads": 1,
+  "model.mlstm.round_to": 1,
+  "model.mlstm.conv_window": 0,
+  "model.mlstm.qkv_block": 0,
+  "model.mlstm_large.num_heads": 1,
+  "model.slstm.num_heads": 1,
+  "model.slstm.conv_window": 0,
 }
+# What is added to a denominator.
+_NOT_NEGATIVE = (
+  "model.norm.eps",
+  "model.head_norm.eps",
+  "model.mlstm.eps",
+  "model.mlstm_large.eps",
+)
+# Sizes relative to others, and caps.
+_ABOVE_0 = (
+  "model.logit_cap",
+  "model.feedforward.factor",
+  "model.mlstm.factor",
+  "model.mlstm.gate_cap",
+  "model.mlstm_large.qk_factor",
+  "model.mlstm_large.v_factor",
+  "model.mlstm_large.gate_cap",
+)
+_DROPOUT = ("model.dropout", "model.feedforward.dropout")
 
 
 def _range_problems(cfg: RunConfig) -> Iterator[str]:
@@ -67,6 +96,37 @@ def _range_problems(cfg: RunConfig) -> Iterator[str]:
     value = value_of(cfg, key)
     if value is not None and value < least:
       yield f"config.{key} is {value}; it must be at least {least}."
+  for keys, good, expected in (
+    (_NOT_NEGATIVE, lambda x: x >= 0, "at least 0"),
+    (_ABOVE_0, lambda x: x > 0, "above 0"),
+    (_DROPOUT, lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    (("seed",), lambda x: 0 <= x < 2**63, "at least 0 and below 2^63"),
+  ):
+    for key in keys:
+      value = value_of(cfg, key)
+      if value is not None and not good(value):
+        yield f"config.{key} is {value}; it must be {expected}."
+
+
+def _channel_problems(cfg: RunConfig) -> Iterator[str]:
+  """Factors so small that nothing is left of the width."""
+  width = cfg.model.width
+  if "mlstm_large" in cfg.model.kinds and not all(
+    cfg.model.mlstm_large.head_channels(width)
+  ):
+    large = cfg.model.mlstm_large
+    yield (
+      f"With config.model.width={width} and num_heads={large.num_heads} a head "
+      f"has no channel left of mlstm_large.qk_factor={large.qk_factor} or "
+      f"v_factor={large.v_factor}: raise the factor or the width."
+    )
+  if {"slstm", "mlstm_large"} & {*cfg.model.kinds} and not (
+    cfg.model.feedforward.hidden(width)
+  ):
+    yield (
+      f"With config.model.width={width} the feed-forward has no unit left of "
+      f"feedforward.factor={cfg.model.feedforward.factor}: raise either."
+    )
 
 
 def _optim_problems(cfg: RunConfig) -> Iterator[str]:

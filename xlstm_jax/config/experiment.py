@@ -1,11 +1,13 @@
 """Experiment files and the command line."""
 
+import ast
+import contextlib
 import dataclasses
 import importlib.util
 import re
 import traceback
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,11 @@ from ml_collections import ConfigDict, config_flags
 from xlstm_jax.config import conversion
 from xlstm_jax.config.run import RunConfig
 from xlstm_jax.errors import UserError, shown
+
+# What a dataclass says to a field that it does not have.
+_UNKNOWN_FIELD = (
+  r"(\w+)\.__init__\(\) got an unexpected keyword argument '(.*?)'"
+)
 
 
 def from_experiment(path: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -45,21 +52,15 @@ def _load_experiment(path: str) -> ConfigDict:
   if spec is None or spec.loader is None:
     raise UserError(f"The experiment file {file!r} must end in .py.")
   module = importlib.util.module_from_spec(spec)
-  try:
+  with _explained(file):
     spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-      raise UserError(
-        f"{file} has no get_config(); an experiment defines a function of this "
-        "name that returns its configuration."
-      )
-    values = module.get_config(*argument)
-  except SyntaxError as error:
-    raise UserError(f"{file}, line {error.lineno}: {error.msg}.") from error
-  except (AttributeError, KeyError, TypeError) as error:
-    # What a locked, typed ConfigDict raises for a wrong name or type.
+  if not hasattr(module, "get_config"):
     raise UserError(
-      f"{_line_of(error, file)}: {_sentence_of(error)}"
-    ) from error
+      f"{file} has no get_config(); an experiment defines a function of this "
+      "name that returns its configuration."
+    )
+  with _explained(file):
+    values = module.get_config(*argument)
   if not isinstance(values, ConfigDict):
     raise UserError(
       f"get_config() of {file} returned {type(values).__name__}, not the "
@@ -69,21 +70,64 @@ def _load_experiment(path: str) -> ConfigDict:
   return values
 
 
+@contextlib.contextmanager
+def _explained(file: str) -> Iterator[None]:
+  """Within, a mistake in the experiment names its line."""
+  try:
+    yield
+  except SyntaxError as error:
+    raise UserError(f"{file}, line {error.lineno}: {error.msg}.") from error
+  except (
+    # A wrong name or type, as a locked ConfigDict or a dataclass tells it.
+    AttributeError,
+    KeyError,
+    TypeError,
+    # A value that a dataclass refuses.
+    UserError,
+    ImportError,
+    NameError,
+  ) as error:
+    raise UserError(
+      f"{_line_of(error, file)}: {_sentence_of(error)}"
+    ) from error
+
+
 def _line_of(error: BaseException, file: str) -> str:
+  here = Path(file).resolve()
   frames = traceback.extract_tb(error.__traceback__)
-  lines = [frame.lineno for frame in frames if frame.filename == file]
+  lines = [f.lineno for f in frames if Path(f.filename).resolve() == here]
   return f"{file}, line {lines[-1]}" if lines else file
 
 
 def _sentence_of(error: BaseException) -> str:
-  """What a ConfigDict complains of, without its dump of the whole section."""
+  """What is wrong, without a ConfigDict's dump of the whole section."""
   text = str(error.args[0]) if error.args else repr(error)
-  unknown = re.search(r'Key "(.*?)" does not exist', text)
-  if unknown is None:
-    return text.splitlines()[0]
-  nearest = re.search(r'Did you mean "(.*?)" instead', text)
-  hint = f"; the nearest is {nearest[1]!r}" if nearest else ""
-  return f"there is no key {unknown[1]!r} in this section{hint}."
+  if match := re.search(_UNKNOWN_FIELD, text):
+    section = _section_of(match[1])
+    if section is not None:
+      return str(conversion.unknown_key(f"{section}{match[2]}"))
+  if match := re.search(r'Key "(.*?)" does not exist', text):
+    nearest = re.search(r'Did you mean "(.*?)" instead', text)
+    hint = f"; the nearest is {nearest[1]!r}" if nearest else ""
+    return f"there is no key {match[1]!r} in this section{hint}."
+  # An ImportError ends with the path of the module.
+  sentence = re.sub(r" \(/.*\)$", "", text.splitlines()[0])
+  return sentence if sentence.endswith((".", "?")) else f"{sentence}."
+
+
+def _section_of(name: str) -> str | None:
+  """Where a config class stands in the configuration, such as "optim."."""
+  return next(
+    (prefix for prefix, cls in _sections(RunConfig) if cls.__name__ == name),
+    None,
+  )
+
+
+def _sections(cls: type, prefix: str = "") -> Iterator[tuple[str, type]]:
+  yield prefix, cls
+  for name, hint in conversion.hints(cls).items():
+    if dataclasses.is_dataclass(hint):
+      yield from _sections(typing.cast(type, hint), f"{prefix}{name}.")
 
 
 def _grouped(overrides: Sequence[str]) -> dict[str, list[str]]:
@@ -112,6 +156,10 @@ def _override(values: ConfigDict, key: str, arguments: list[str]) -> None:
   if conversion.is_optional(hint) and value.lower() == "none":
     values.update_from_flattened_dict({key: None})
     return
+  if hint == tuple[str, ...]:
+    items = [item for one in arguments for item in _strings(key, one)]
+    values.update_from_flattened_dict({key: tuple(items)})
+    return
   registry = flags.FlagValues()
   argv = ["train", *arguments]
   try:
@@ -126,6 +174,33 @@ def _override(values: ConfigDict, key: str, arguments: list[str]) -> None:
     raise UserError(
       f"config.{key} is {shown(value)}; it must be {conversion.describe(kind)}."
     ) from error
+
+
+def _strings(key: str, argument: str) -> tuple[str, ...]:
+  """The items of one argument: its text, or a tuple written as in Python.
+
+  Text is taken as it is, since names may hold spaces, commas and digits.
+  """
+  text = argument.partition("=")[2]
+  if text[:1] not in ("(", "["):
+    if not text:
+      raise UserError(
+        f"config.{key} is given without a value; write --config.{key}=TEXT, "
+        "once for every item."
+      )
+    return (text,)
+  try:
+    items = ast.literal_eval(text)
+  except (ValueError, SyntaxError, MemoryError, RecursionError):
+    items = None
+  if not isinstance(items, (list, tuple)) or not all(
+    isinstance(item, str) for item in items
+  ):
+    raise UserError(
+      f"config.{key} is {shown(text)}; what begins with a bracket must be a "
+      f"tuple of strings, such as --config.{key}=\"('a', 'b')\"."
+    )
+  return tuple(items)
 
 
 def _hint_of(key: str) -> Any:

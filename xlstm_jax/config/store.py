@@ -36,7 +36,13 @@ def load(workdir: epath.PathLike) -> RunConfig:
       f"{workdir} is no workdir of a run: it has no {CONFIG_FILE}."
     )
   values = files.parse_json(path.read_bytes(), Path(path))
-  return conversion.from_mapping(RunConfig, values)
+  try:
+    return conversion.from_mapping(RunConfig, values)
+  except UserError as error:
+    raise UserError(
+      f"{path} is not as a run of this version wrote it: {error} Restore the "
+      "file, or use another workdir."
+    ) from error
 
 
 def changes(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:

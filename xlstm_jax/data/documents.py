@@ -24,7 +24,11 @@ from xlstm_jax.errors import UserError
 
 DEFAULT_SOURCE = "default"
 SOURCE_KEY = "redpajama_set_name"
-LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+LINE_SUFFIXES = tuple(
+  f"{suffix}{packed}"
+  for suffix in (".jsonl", ".ndjson")
+  for packed in ("", ".gz", ".zst")
+)
 
 # One zstd block of 4 bytes can hold 128 KiB: what is fed at once bounds what
 # comes out at once, here 128 MiB from a file made to do harm.
@@ -48,7 +52,12 @@ class Input:
   @property
   def lines(self) -> bool:
     """Whether it holds a JSON document a line, or is one text."""
-    return self.path.endswith(LINE_SUFFIXES)
+    return self.path.lower().endswith(LINE_SUFFIXES)
+
+  @property
+  def json(self) -> bool:
+    """Whether its name says that it is one JSON value, not one a line."""
+    return self.path.lower().endswith((".json", ".json.gz", ".json.zst"))
 
 
 class Inputs(NamedTuple):
@@ -116,7 +125,7 @@ def find(arguments: Sequence[str]) -> Inputs:
 
   Raises:
     UserError: a path does not exist, is neither a file nor a folder, is given
-      twice, or no file is found.
+      twice, names a JSON file, or no file is found.
   """
   found = Inputs([], 0, 0)
   for number, argument in enumerate(arguments):
@@ -124,7 +133,9 @@ def find(arguments: Sequence[str]) -> Inputs:
     if os.path.isdir(path):
       found = _find_in_folder(found, number, source, path)
     else:
-      found.files.append(_input(number, source, path, os.path.basename(path)))
+      one = _input(number, source, path, os.path.basename(path))
+      _refuse_json(one)
+      found.files.append(one)
   if not found.files:
     raise UserError(
       f"There is no file to read in {', '.join(arguments)} (passed over: "
@@ -272,6 +283,15 @@ def _input(number: int, source: str, path: str, name: str) -> Input:
   return Input(number, path, name, source, status.st_size, status.st_mtime_ns)
 
 
+def _refuse_json(one: Input) -> None:
+  if one.json:
+    raise UserError(
+      f"{one.path} ends in .json and would be read as one text, JSON and all: "
+      "rename it to .jsonl if it holds a document a line, else turn it into "
+      "that, for example with jq -c '.[]'."
+    )
+
+
 def _refuse_duplicates(inputs: Iterable[Input]) -> None:
   seen: set[str] = set()
   for one in inputs:
@@ -382,10 +402,11 @@ def _content(
 def _decompressed(
   one: Input, file: BinaryIO, offset: int, piece_bytes: int
 ) -> Iterator[bytes]:
-  if one.lines and one.path.endswith(".gz"):
+  path = one.path.lower()
+  if one.lines and path.endswith(".gz"):
     with gzip.open(file) as stream:
       yield from _skip(_reads(stream, piece_bytes), offset)
-  elif one.lines and one.path.endswith(".zst"):
+  elif one.lines and path.endswith(".zst"):
     yield from _skip(_zstd(file), offset)
   else:
     file.seek(offset)

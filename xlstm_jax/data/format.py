@@ -23,6 +23,7 @@ FORMAT = "xlstm_jax token shards"
 VERSION = 1
 MANIFEST = "manifest.json"
 PROGRESS = "prepare.json"
+SKIPPED = "skipped.jsonl"
 SPLITS = ("train", "heldout")
 
 # A cold read of one window checks at most one block more on either side.

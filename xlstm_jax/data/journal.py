@@ -31,9 +31,8 @@ class Journal:
     place: how far the inputs were read.
     sources: the names of the source ids.
     splits: what is durable of each split.
-    skipped: documents that could not be read.
+    skipped: documents that could not be read, as listed in `skipped.jsonl`.
     empty_files: text files without text.
-    first_skipped: file, line and reason of the first of them.
   """
 
   settings: dict[str, Any]
@@ -49,7 +48,6 @@ class Journal:
   )
   skipped: int = 0
   empty_files: int = 0
-  first_skipped: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
   @property
   def totals(self) -> dict[str, files.Counts]:
@@ -111,7 +109,6 @@ def _from_fields(fields: files.Fields) -> Journal:
     },
     skipped=fields.integer("skipped", 0, 2**63),
     empty_files=fields.integer("empty_files", 0, 2**63),
-    first_skipped=fields.get("first_skipped", list, "a list"),
   )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from xlstm_jax.errors import UserError
+from xlstm_jax.errors import UserError, shown
 from xlstm_jax.layers.feedforward import FeedForwardConfig
 from xlstm_jax.layers.norm import NormConfig
 from xlstm_jax.mixers.mlstm import MLSTMConfig
@@ -65,13 +65,22 @@ class ModelConfig:
     """Refuses what no model can be.
 
     Raises:
-      UserError: a size below 1, or an sLSTM position outside the model.
+      UserError: a size below 1 or no integer, or sLSTM positions that are no
+        integers or outside the model.
     """
     for field in ("vocab_size", "width", "num_blocks"):
-      if getattr(self, field) < 1:
+      value = getattr(self, field)
+      if type(value) is not int or value < 1:
         raise UserError(
-          f"model.{field} is {getattr(self, field)}; it must be at least 1."
+          f"model.{field} is {shown(value)}; it must be an integer, at least 1."
         )
+    if type(self.slstm_at) is not tuple or any(
+      type(at) is not int for at in self.slstm_at
+    ):
+      raise UserError(
+        f"model.slstm_at is {shown(self.slstm_at)}; it must be a tuple of "
+        "integers, such as (1,)."
+      )
     if self.num_blocks > MAX_BLOCKS:
       raise UserError(
         f"model.num_blocks is {self.num_blocks}; it must be at most "

@@ -1,12 +1,13 @@
 """The training loop, from the command to the last checkpoint."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from etils import epath
 
-from xlstm_jax import config, metrics, sharding
+from xlstm_jax import config, metrics, sharding, trained
 from xlstm_jax.checkpoints import EVAL_LOSS, Checkpoints, SaveTimer
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data import format as files
@@ -56,6 +57,10 @@ def train(
   stopped = stopped or Interrupt()
   clock = metrics.Clock(accounting.START)
   workdir = epath.Path(workdir).expanduser()
+  if resume.seems_finished(cfg, workdir):
+    with _opened(cfg, workdir) as checkpoints:
+      if resume.is_finished(cfg, workdir, checkpoints):
+        return Status.DONE
   manifests = [files.read_manifest(path) for path in cfg.data.paths]
   if not manifests:
     raise UserError(
@@ -65,9 +70,7 @@ def train(
   config.validate(cfg, manifests[0], jax.device_count())
   folder.create(workdir)
   with contextlib.ExitStack() as stack:
-    stack.enter_context(lock.held(workdir))
-    checkpoints = Checkpoints(workdir / "checkpoints", cfg.checkpoint)
-    stack.enter_context(contextlib.closing(checkpoints))
+    checkpoints = stack.enter_context(_opened(cfg, workdir))
     run = Run(
       cfg,
       workdir,
@@ -77,15 +80,11 @@ def train(
       heldout.opened(cfg),
       checkpoints,
     )
-    for sentence in checkpoints.set_aside:
-      say(f"damaged   {sentence}")
     resume.check_same_run(run)
-    if resume.is_finished(run):
-      done = checkpoints.latest()
-      say(f"The run in {workdir} is finished: {done} of {cfg.steps} steps.")
+    if resume.is_finished(cfg, workdir, checkpoints):
       return Status.DONE
     folder.describe(run)
-    _use_compilation_cache(cfg.compilation_cache)
+    trained.use_compilation_cache(cfg)
     report.describe(run)
     for guard in _guards(run, clock, stopped):
       stack.enter_context(contextlib.closing(guard))
@@ -98,10 +97,18 @@ def train(
     return end
 
 
-def _use_compilation_cache(folder: str | None) -> None:
-  if folder is not None:
-    path = epath.Path(folder).expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(path))
+@contextlib.contextmanager
+def _opened(cfg: RunConfig, workdir: epath.Path) -> Iterator[Checkpoints]:
+  """The checkpoints of a workdir that no other run writes meanwhile."""
+  with (
+    lock.held(workdir),
+    contextlib.closing(
+      Checkpoints(workdir / "checkpoints", cfg.checkpoint)
+    ) as checkpoints,
+  ):
+    for sentence in checkpoints.set_aside:
+      say(f"damaged   {sentence}")
+    yield checkpoints
 
 
 def _guards(run: Run, clock: metrics.Clock, stopped: Interrupt) -> list[Any]:

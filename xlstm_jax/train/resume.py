@@ -7,6 +7,7 @@ from etils import epath
 
 from xlstm_jax import config, metrics
 from xlstm_jax.checkpoints import EVAL_LOSS, Checkpoints
+from xlstm_jax.config import RunConfig
 from xlstm_jax.data import tokenizer
 from xlstm_jax.errors import UserError
 from xlstm_jax.train import state as states
@@ -33,7 +34,7 @@ def check_same_run(run: Run) -> None:
       f"The workdir {run.workdir} holds imported parameters and no run: train "
       f"in another one with --config.init_from={run.workdir}."
     )
-  saved = progress(run, step)
+  saved = progress(run.checkpoints, step)
   _check_tokenizer(run, saved["tokenizer"], run.workdir)
   for key, change in changed.items():
     say(f"changed   {_listed({key: change})}")
@@ -105,20 +106,38 @@ def start(run: Run) -> Progress:
   return Progress(state, 0, 0, Health(run.cfg.health), owes_evaluation=False)
 
 
-def is_finished(run: Run) -> bool:
-  """Whether no step and no evaluation is left to do."""
-  step = run.checkpoints.latest()
-  if step is None or step < run.cfg.steps:
+def seems_finished(cfg: RunConfig, workdir: epath.Path) -> bool:
+  """Whether the run in `workdir` has this configuration and its last step.
+
+  It takes neither data nor devices to find that out.
+  """
+  folder = workdir / "checkpoints"
+  if not folder.exists() or not (workdir / config.CONFIG_FILE).exists():
     return False
-  if not progress(run, step)["owes_evaluation"]:
-    return True
-  records = [r for r in metrics.read(run.workdir) if r["step"] == step]
-  return any(EVAL_LOSS in record for record in records)
+  steps = [int(p.name) for p in folder.iterdir() if p.name.isdecimal()]
+  return max(steps, default=-1) >= cfg.steps and config.load(workdir) == cfg
 
 
-def progress(run: Run, step: int) -> dict[str, Any]:
+def is_finished(
+  cfg: RunConfig, workdir: epath.Path, checkpoints: Checkpoints
+) -> bool:
+  """Whether no step and no evaluation is left to do; says so if it is."""
+  step = checkpoints.latest()
+  if step is None or step < cfg.steps:
+    return False
+  if "progress" not in checkpoints.items(step):
+    return False
+  if progress(checkpoints, step)["owes_evaluation"]:
+    records = [r for r in metrics.read(workdir) if r["step"] == step]
+    if not any(EVAL_LOSS in record for record in records):
+      return False
+  say(f"The run in {workdir} is finished: {step} of {cfg.steps} steps.")
+  return True
+
+
+def progress(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
   """The progress in the checkpoint of a step, as `to_json` made it."""
-  return run.checkpoints.restore(step, {"progress": None})["progress"]
+  return checkpoints.restore(step, {"progress": None})["progress"]
 
 
 def to_json(run: Run, at: Progress) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def go_back(run: Run, finding: Finding, position: int) -> Status | None:
   # A save that failed is no checkpoint to return to.
   run.checkpoints.failure(wait=True)
   to = run.checkpoints.latest()
-  first = 0 if to is None else resume.progress(run, to)["windows"]
+  first = 0 if to is None else resume.progress(run.checkpoints, to)["windows"]
   before = read(run.workdir)
   if len(before) >= run.cfg.health.max_rollbacks:
     say(
