@@ -144,10 +144,6 @@ def test_there_may_be_no_data_yet():
       {"model__mlstm__qkv_block": 512, "mesh__tensor": 2},
       "qkv_block is 512; .* 3 blocks of the 1536 .* that divides 768",
     ),
-    (
-      {"model__mlstm__qkv_block": 0, "mesh__tensor": 4},
-      "qkv_block is 0; .* 1 blocks of the 1536 .* that divides 384",
-    ),
     ({"profile": (3,)}, r"profile is \(3,\); it must be \(first, last\)"),
     ({"profile": (5, 101)}, "between 1 and 100"),
     (
@@ -210,8 +206,10 @@ def test_only_units_that_the_model_has_must_be_split():
   """Others that do not split: hidden units without feed-forward, maps."""
   paper = {"model__feedforward__round_to": 3, "mesh__tensor": 2}
   config.validate(cfg(**paper), manifest(), 8)
-  large = {"model__mlstm_block": "large", "model__mlstm__qkv_block": 0}
+  large = {"model__mlstm_block": "large", "model__mlstm__qkv_block": 512}
   config.validate(cfg(**large, mesh__tensor=2), manifest(), 8)
+  dense = {"model__mlstm__qkv_block": 0}
+  config.validate(cfg(**dense, mesh__tensor=4), manifest(), 8)
 
 
 def test_empty_splits_are_named():

@@ -54,7 +54,9 @@ class FakeModel:
     x_BTD = x_BTD + jnp.tanh(past_BTD @ mixer["weight"] + mixer["bias"])
     if dropout_key is not None and self.definition.dropout:
       keep = 1 - self.definition.dropout
-      kept = jax.random.bernoulli(dropout_key, keep, x_BTD.shape)
+      kept = jax.vmap(
+        lambda key: jax.random.bernoulli(key, keep, x_BTD.shape[1:])
+      )(dropout_key)
       x_BTD = jnp.where(kept, x_BTD / keep, 0)
     return x_BTD, state
 

@@ -228,15 +228,15 @@ def _unit_problems(cfg: RunConfig, tensor: int) -> Iterator[str]:
       f"mesh.tensor={tensor} cannot split them evenly: set "
       f"model.feedforward.round_to to a multiple of {tensor}."
     )
-  # Channels split where heads do; the maps to q, k and v are not of heads.
-  inner = cfg.model.mlstm.inner(width)
-  block = cfg.model.mlstm.qkv_block or inner
-  if "mlstm" in kinds and not inner % tensor and inner // block % tensor:
+  # Channels split where heads do; blocks of q, k and v are not of heads, and a
+  # single one is split by its outputs.
+  inner, block = cfg.model.mlstm.inner(width), cfg.model.mlstm.qkv_block
+  blocks = inner // block if block else 1
+  if "mlstm" in kinds and not inner % tensor and blocks > 1 and blocks % tensor:
     yield (
-      f"config.model.mlstm.qkv_block is {cfg.model.mlstm.qkv_block}; "
-      f"mesh.tensor={tensor} cannot split {inner // block} blocks of the "
-      f"{inner} inner channels evenly: set mesh.tensor=1 or a qkv_block that "
-      f"divides {inner // tensor}."
+      f"config.model.mlstm.qkv_block is {block}; mesh.tensor={tensor} cannot "
+      f"split {blocks} blocks of the {inner} inner channels evenly: set "
+      f"mesh.tensor=1 or a qkv_block that divides {inner // tensor}."
     )
 
 

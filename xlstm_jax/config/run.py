@@ -76,7 +76,7 @@ class RunConfig:
     steps: of the optimizer; also the length of the schedule.
     batch_size: rows of a step, over all devices and accumulation parts.
     accumulation: parts into which the rows of a step are divided, one after
-      the other; changes nothing but memory, and which units dropout drops.
+      the other; changes nothing but memory.
     seed: of the initial parameters and of dropout.
     log_every: steps between records of the metrics.
     eval_every: steps between held-out evaluations; None for none. The last

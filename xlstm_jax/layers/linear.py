@@ -59,12 +59,17 @@ class Linear(nnx.Module):
 
 
 def dropout(
-  x: Float[Array, "..."], rate: float, key: jax.Array | None
+  x: Float[Array, "..."], rate: float, keys_B: jax.Array | None
 ) -> Float[Array, "..."]:
-  """Zeroes a share `rate` of `x` and scales the rest; off if `key` is None."""
-  if key is None or rate == 0:
+  """Zeroes a share `rate` of `x` and scales the rest; off if `keys_B` is None.
+
+  Every row has a key of its own, so that its mask depends on no other row.
+  """
+  if keys_B is None or rate == 0:
     return x
-  keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+  keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(
+    keys_B
+  )
   return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 

@@ -72,7 +72,7 @@ class Block(nnx.Module):
     """The residual stream after the block, and the mixer's state."""
     keys = (None, None)
     if dropout_key is not None:
-      keys = jax.random.split(dropout_key)
+      keys = jax.vmap(jax.random.split, out_axes=1)(dropout_key)
     y_BTD, state = self.mixer(
       pinned(self.norm(x_BTD)),
       segments_BT=segments_BT,

@@ -70,7 +70,7 @@ class LanguageModel(nnx.Module):
       segments_BT: the document of each token: from 1, never decreasing; 0 is
         trailing padding. Without it every token continues the state.
       state: what an earlier call returned; None is the empty past.
-      dropout_key: None turns dropout off.
+      dropout_key: a key for every row [B]; None turns dropout off.
     """
     x_BTD = self.embedding(tokens_BT)
     if self.cfg.embedding_dropout:
@@ -229,5 +229,5 @@ def _stacked(cfg: ModelConfig, run: Run, *, compute, rngs):
 
 
 def _fold(key: jax.Array, index) -> jax.Array:
-  """The dropout key of block `index`; -1 is the embedding."""
-  return jax.random.fold_in(key, index + 1)
+  """The dropout keys [B] of block `index`; -1 is the embedding."""
+  return jax.vmap(jax.random.fold_in, (0, None))(key, index + 1)

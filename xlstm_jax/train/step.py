@@ -64,7 +64,11 @@ def train_step(
     "grad_norm" (before clipping), "param_norm", "learning_rate" and "skipped"
     (updates so far that were).
   """
-  dropout_key = jax.random.fold_in(states.keys(cfg.seed)[1], state.position)
+  # A key for every row, so that parts of the batch draw what the whole does.
+  dropout_key = jax.vmap(jax.random.fold_in, (None, 0))(
+    jax.random.fold_in(states.keys(cfg.seed)[1], state.position),
+    jnp.arange(len(batch["inputs"])),
+  )
   loss_sum, tokens, grads = _sums(
     state.params, batch, dropout_key, definition=definition, cfg=cfg, mesh=mesh
   )
@@ -119,16 +123,14 @@ def _sums(
     return of_part(batch, dropout_key)
 
   def add(sums, scanned):
-    part, number = scanned
-    key = jax.random.fold_in(dropout_key, number)
-    return jax.tree.map(jnp.add, sums, of_part(part, key)), None
+    return jax.tree.map(jnp.add, sums, of_part(*scanned)), None
 
   parts = jax.tree.map(lambda x: _split_rows(x, cfg.accumulation), batch)
-  part = jax.tree.map(lambda x: x[0], parts)
-  shapes = jax.eval_shape(of_part, part, dropout_key)
+  # Part n holds the rows n, n + parts, ..., and so do its keys.
+  keys = dropout_key.reshape(-1, cfg.accumulation).T
+  shapes = jax.eval_shape(of_part, *jax.tree.map(lambda x: x[0], (parts, keys)))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  numbers = jnp.arange(cfg.accumulation)
-  return jax.lax.scan(add, zeros, (parts, numbers))[0]
+  return jax.lax.scan(add, zeros, (parts, keys))[0]
 
 
 def _loss_sum(
