@@ -1,11 +1,14 @@
 """Records that outlive a killed process, and the arithmetic of rates."""
 
 import errno
+import itertools
 import math
 import struct
 import time
 
+import mutations
 import pytest
+from hypothesis import given
 
 from xlstm_jax import metrics
 from xlstm_jax.errors import UserError
@@ -91,12 +94,53 @@ def test_a_metric_that_is_measured_again_is_dropped_at_that_step(tmp_path):
   ]
 
 
-@pytest.mark.parametrize("torn", ['{"step": 4, "lo', "4", "[1]", "{}", ""])
+@pytest.mark.parametrize(
+  "torn",
+  ['{"step": 4, "lo', "4", "[1]", "{}", "", '{"step": null}', "[" * 10**5],
+)
 def test_half_a_line_is_dropped(tmp_path, torn):
   path = tmp_path / "metrics.jsonl"
   path.write_text(f'{{"step": 1}}\n{torn}')
   metrics.Log(tmp_path, step=9).close()
   assert path.read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize(
+  "line",
+  [b"", b'{"step": 2, "lo', b'{"step": "2"}', b"\xff", b"[" * 10**5, b"{}"],
+  ids=range(6),
+)
+def test_a_damaged_line_is_told_and_nothing_is_dropped(tmp_path, line):
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+  before = path.read_bytes()
+  with pytest.raises(UserError, match=r"damaged in line 2.*delete that line"):
+    metrics.read(tmp_path)
+  with pytest.raises(UserError, match="damaged in line 2"):
+    metrics.Log(tmp_path, step=9)
+  assert path.read_bytes() == before
+
+
+@given(
+  mutations.of(b'{"step": 1, "loss": 2.5}\n{"step": 2}\n{"step": 3, "a": 1}\n')
+)
+def test_any_bytes_are_records_or_refused(tmp_path_factory, data):
+  workdir = tmp_path_factory.getbasetemp()
+  path = workdir / "metrics.jsonl"
+  path.write_bytes(data)
+  try:
+    records = metrics.read(workdir)
+    metrics._drop_after(path, 2, "a")
+  except UserError:
+    assert path.read_bytes() == data
+  else:
+    until = itertools.takewhile(lambda record: record["step"] <= 2, records)
+    kept = [r for r in until if r["step"] < 2 or "a" not in r]
+    assert metrics.read(workdir) == kept
+
+
+def test_a_run_without_records_has_none(tmp_path):
+  assert metrics.read(tmp_path) == []
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
@@ -127,6 +171,21 @@ def test_the_clock_counts_one_activity_at_a_time(monkeypatch):
   now[0] += 5
   assert clock.lap() == {"eval": 5}
   assert clock.spent() == {"step": 9, "data": 3, "save": 4, "eval": 5}
+
+
+def test_a_change_is_counted_before_it_is_made():
+  """The watchdog, in another thread, reads them the other way round."""
+
+  class Clock(metrics.Clock):
+    def __setattr__(self, name, value):
+      changed.append(name)
+      super().__setattr__(name, value)
+
+  changed = []
+  clock = Clock("start")
+  changed.clear()
+  clock.now("step")
+  assert changed.index("changes") < changed.index("activity")
 
 
 def test_peaks_are_known_by_kind_of_device():

@@ -12,11 +12,13 @@ them. A step without checksums is taken for what it says.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import math
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -26,6 +28,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from xlstm_jax import checksums
@@ -78,7 +81,7 @@ class SaveTimer:
     """The same on all processes, which must all ask at the same step."""
     if self._minutes is None:
       return False
-    return _of_first_process(self._now() - self._saved >= 60 * self._minutes)
+    return of_first_process(self._now() - self._saved >= 60 * self._minutes)
 
   def saved(self) -> None:
     """Begins to count anew."""
@@ -116,6 +119,7 @@ class Checkpoints:
     self._saving: tuple[int, set[str]] | None = None
     self._failure: OSError | ValueError | None = None
     self._failures = 0
+    self._barriers = _Barriers()
     self.set_aside: list[str] = []
     if cfg is not None:
       self.set_aside = self._set_damaged_aside()
@@ -172,6 +176,7 @@ class Checkpoints:
     }
     self._failure = None
     self._saving = step, {*items, _METRICS}
+    self._barriers.begin()
     with self._noting_write_errors():
       self._manager.save(
         step,
@@ -179,6 +184,22 @@ class Checkpoints:
         metrics=dict(metrics or {}),
         force=True,
       )
+
+  def set_damaged_aside(self) -> list[str]:
+    """Renames the steps that were damaged since they were saved.
+
+    All processes call this, while no save is under way.
+
+    Returns:
+      A sentence for each.
+
+    Raises:
+      UserError: all are damaged, or the folder of one cannot be renamed.
+    """
+    told = self._set_damaged_aside()
+    if told:
+      self._manager.reload()
+    return told
 
   def failure(self, *, wait: bool = False) -> str | None:
     """Why the last save was not written and should be made again, if so.
@@ -278,7 +299,10 @@ class Checkpoints:
       return math.inf
     try:
       return _loss(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (
+      *(OSError, ValueError, TypeError, AttributeError),
+      *(RecursionError, OverflowError),
+    ) as error:
       raise UserError(
         f"The checkpoint of step {step} in {self.directory} is damaged: its "
         "metrics cannot be read. Choose another step by its number."
@@ -291,7 +315,7 @@ class Checkpoints:
     found = None
     if jax.process_index() == 0:
       found = checksums.problem(self.directory / str(step), names)
-    if found := _of_first_process(found):
+    if found := of_first_process(found):
       others = [str(other) for other in self.steps() if other != step]
       raise UserError(
         f"The checkpoint of step {step} in {self.directory} is damaged: "
@@ -303,7 +327,7 @@ class Checkpoints:
     verdict = None
     if jax.process_index() == 0:
       verdict = _set_damaged_aside(self.directory)
-    newest, told, refusal = _of_first_process(verdict)
+    newest, told, refusal = of_first_process(verdict)
     if refusal:
       raise UserError(refusal)
     if newest is not None:
@@ -353,7 +377,7 @@ class Checkpoints:
 
     return ocp.CheckpointManager(
       self.directory,
-      options=_options(self._cfg, self._before_commit),
+      options=_options(self._cfg, self._before_commit, self._barriers),
       item_handlers={
         "params": arrays(),
         "optimizer": arrays(),
@@ -368,6 +392,72 @@ class Checkpoints:
     for folder in self.directory.iterdir():
       if folder.name.split(".")[0] == str(step):
         checksums.write(folder, sorted(names))
+
+
+class _Barriers:
+  """Where the processes of a run wait for each other in a save.
+
+  Orbax has two barriers in the thread that writes and the last ones in a thread
+  that waits for it. A process in which writing failed would only come to the
+  last ones, while the others wait for it at the first for twenty minutes. Here
+  it tells them why, and comes to all.
+  """
+
+  _OF_WRITING = ("async_write_complete", "async_commit_complete")
+  # All processes make the same saves.
+  _numbers = itertools.count(1)
+
+  def __init__(self):
+    self._number = 0
+    self._reached = len(self._OF_WRITING)
+    self._saver = threading.current_thread()
+
+  def begin(self) -> None:
+    """The barriers to come are of another save."""
+    self._number = next(self._numbers)
+    self._reached = 0
+    self._saver = threading.current_thread()
+
+  def __call__(self, *, key: str, timeout_ms: int) -> None:
+    """Waits at one of Orbax's barriers.
+
+    Raises:
+      OSError: what was to be done until then failed in another process.
+    """
+    if any(name in key for name in self._OF_WRITING):
+      self._reach_next(timeout_ms)
+      for _, reason in self._client.key_value_dir_get(f"{self._key}/failed/"):
+        raise OSError(reason)
+      return
+    # The saving thread itself has one before all others.
+    if threading.current_thread() is not self._saver:
+      self._stand_in_for_writing(timeout_ms)
+    self._client.wait_at_barrier(key, timeout_ms)
+
+  def _stand_in_for_writing(self, timeout_ms: int) -> None:
+    if self._reached == len(self._OF_WRITING):
+      return
+    # Orbax comes here in a `finally`.
+    error = sys.exception()
+    self._client.key_value_set(
+      f"{self._key}/failed/{jax.process_index()}",
+      _reason(error) if error else "for no reason given",
+    )
+    while self._reached < len(self._OF_WRITING):
+      self._reach_next(timeout_ms)
+
+  def _reach_next(self, timeout_ms: int) -> None:
+    self._reached += 1
+    self._client.wait_at_barrier(f"{self._key}/{self._reached}", timeout_ms)
+
+  @property
+  def _key(self) -> str:
+    return f"xlstm_jax/save/{self._number}"
+
+  @property
+  def _client(self) -> Any:
+    # Key-value store and barriers have no public name.
+    return distributed.global_state.client
 
 
 def _set_damaged_aside(
@@ -419,8 +509,8 @@ def _free_name(directory: epath.Path, step: int) -> epath.Path:
   return path
 
 
-def _of_first_process(value: Any) -> Any:
-  """What JSON can hold, as it is on the first process."""
+def of_first_process(value: Any) -> Any:
+  """What JSON can hold, as it is on the first process; all call this."""
   if jax.process_count() == 1:
     return value
   data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -468,7 +558,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _options(
-  cfg: CheckpointConfig | None, before_commit: Callable[[], None]
+  cfg: CheckpointConfig | None,
+  before_commit: Callable[[], None],
+  barriers: _Barriers,
 ) -> ocp.CheckpointManagerOptions:
   if cfg is None:
     # Not `read_only`, of which Orbax warns; `save` refuses instead. Reading
@@ -490,7 +582,10 @@ def _options(
     best_mode="min",
     preservation_policy=managers.AnyPreservationPolicy(keep),
     cleanup_tmp_directories=True,
-    async_options=ocp.AsyncOptions(post_finalization_callback=before_commit),
+    async_options=ocp.AsyncOptions(
+      post_finalization_callback=before_commit,
+      barrier_sync_fn=barriers if jax.process_count() > 1 else None,
+    ),
   )
 
 

@@ -73,6 +73,8 @@ def _parse(data: bytes) -> dict[str, list[int]]:
   for name, numbers in entries.items():
     if ".." in name.split("/") or name.startswith("/"):
       raise ValueError("a file outside of the folder")
+    if not name.isprintable():
+      raise ValueError("a name that no terminal can show")
     match numbers:
       case [int(), int()]:
         continue

@@ -62,8 +62,9 @@ class Clock:
     """From now on, time is spent on this activity."""
     self._spent = self.spent()
     self._since = time.perf_counter()
-    self.activity = activity
+    # In this order: see `Watchdog`, which reads both in another thread.
     self.changes += 1
+    self.activity = activity
 
   @contextlib.contextmanager
   def spent_on(self, activity: str) -> Iterator[None]:
@@ -101,7 +102,8 @@ class Log:
     without: drops the records of this step too that hold this metric.
 
   Raises:
-    UserError: the workdir cannot be written to; so do the methods.
+    UserError: the workdir cannot be written to, which the methods raise too,
+      or its records are damaged.
   """
 
   def __init__(
@@ -189,10 +191,15 @@ class _Board:
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
-  """All records of a run, oldest first."""
+  """All records of a run, oldest first; none where there is no file.
+
+  Raises:
+    UserError: one is damaged.
+  """
   path = epath.Path(workdir) / "metrics.jsonl"
-  records = map(_record, path.read_text().splitlines())
-  return [record for record in records if record is not None]
+  if not path.exists():
+    return []
+  return [record for _, record in _records(path)]
 
 
 # What differs from one run to the next that is otherwise the same.
@@ -223,25 +230,36 @@ def _drop_after(path: epath.Path, step: int, without: str | None) -> None:
   if not path.exists():
     return
   kept = []
-  for line in path.read_text().splitlines():
-    record = _record(line)
-    # None: a killed process left half a line, and it is the last one.
-    if record is None or record["step"] > step:
+  for line, record in _records(path):
+    if record["step"] > step:
       break
     if record["step"] < step or without not in record:
-      kept.append(f"{line}\n")
+      kept.append(line + b"\n")
   temporary = path.parent / f".{path.name}.tmp"
-  temporary.write_text("".join(kept))
+  temporary.write_bytes(b"".join(kept))
   temporary.replace(path)
 
 
-def _record(line: str) -> dict[str, Any] | None:
-  """What a line holds, or None if it is cut off."""
-  try:
-    record = json.loads(line)
-  except ValueError:
-    return None
-  return record if isinstance(record, dict) and "step" in record else None
+def _records(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+  """Lines, and what they hold, without one that is cut off at the end.
+
+  Raises:
+    UserError: another one is damaged.
+  """
+  lines = path.read_bytes().splitlines()
+  for number, line in enumerate(lines, 1):
+    try:
+      record = json.loads(line)
+    except (ValueError, RecursionError):
+      record = None
+    if isinstance(record, dict) and type(record.get("step")) is int:
+      yield line, record
+    # A killed process leaves half a line.
+    elif number < len(lines):
+      raise UserError(
+        f"{path} is damaged in line {number}, which is no record of a step: "
+        "delete that line, or move the file away if nobody needs what it says."
+      )
 
 
 def perplexity(loss: float) -> float:

@@ -25,7 +25,8 @@ def meet(name):
 
 
 stopped = Interrupt()
-stopped.grace = PATIENCE
+# No end by the grace on a machine that is busy with others.
+stopped.grace = 1e6
 talking = peers.Peers(
   passed=lambda: stopped.passed, doing=lambda: "step", heard=stopped.note
 )

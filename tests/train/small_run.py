@@ -6,7 +6,6 @@ import pathlib
 import socket
 import subprocess
 import sys
-import time
 
 from xlstm_jax import prepare, sharding
 from xlstm_jax.checkpoints import Checkpoints
@@ -37,6 +36,8 @@ def get_config():
 """
 # Seconds that a process may take on a machine that is busy with others.
 PATIENCE = 900
+# So that no grace ends it there.
+GRACE = "limits.grace_seconds=1e6"
 
 
 def prepared(folder, name, *tokenizer):
@@ -78,22 +79,44 @@ def run(arguments, workdir, *more, limit_kib=None):
   )
 
 
+def patched(code, arguments, workdir, *more):
+  """The command, in a process that runs `code` before."""
+  program = f"""{code}
+import runpy
+runpy.run_module("xlstm_jax.train", run_name="__main__", alter_sys=True)
+"""
+  words = command(arguments, workdir, *more)
+  return [words[0], "-c", program, *words[3:]]
+
+
+# A process that sends itself the signal `number` with the record of `step`.
+SIGNALS_ITSELF = """
+import os
+from xlstm_jax import metrics
+
+write = metrics.Log.write
+def signalling(self, step, record):
+  write(self, step, record)
+  if step == {step} and "loss" in record:
+    {before}
+    os.kill(os.getpid(), {number})
+metrics.Log.write = signalling
+"""
+
+
 def run_until(arguments, workdir, step, number):
-  """Runs the command and sends it a signal after `step`."""
-  with subprocess.Popen(
-    command(arguments, workdir),
+  """Runs the command until it sends itself a signal after `step`."""
+  code = SIGNALS_ITSELF.format(step=step, before="pass", number=int(number))
+  done = subprocess.run(
+    patched(code, arguments, workdir, f"--config.{GRACE}"),
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
     env=environment(),
-  ) as process:
-    deadline = time.monotonic() + PATIENCE
-    while process.poll() is None and last_step(workdir) < step:
-      assert time.monotonic() < deadline
-      time.sleep(0.002)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=PATIENCE)
-  return process.returncode, output
+    timeout=PATIENCE,
+    check=False,
+  )
+  return done.returncode, done.stdout
 
 
 def last_step(workdir):

@@ -1,6 +1,8 @@
 """Wall time by activity, over kills, restarts and rollbacks."""
 
+import mutations
 import pytest
+from hypothesis import HealthCheck, given, settings
 
 from xlstm_jax import metrics
 from xlstm_jax.errors import UserError
@@ -89,14 +91,38 @@ def test_one_process_writes(tmp_path, now, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
+WRITTEN = (
+  '{"written": 900.0, "spent": {"start": 1.5, "step": 20.0, "lost": 0.0}, '
+  '"checkpoints": {"8": {"start": 1.5, "step": 15.0}}}'
+)
+
+
 @pytest.mark.parametrize(
-  "text", ["", "{", "3", "[]", '{"spent": 3}', '{"written": "now"}']
+  "text",
+  [
+    *("", "{", "3", "[]", '{"spent": 3}', '{"written": "now"}', "[" * 10**5),
+    *(WRITTEN.replace("20.0", n) for n in ("NaN", "1e999", "9" * 999, "-1")),
+    WRITTEN.replace("900.0", "Infinity"),
+    WRITTEN.replace("start", "\\ud800"),
+  ],
+  ids=range(13),
 )
 def test_a_damaged_file_costs_the_figures_alone(tmp_path, now, text):
   (tmp_path / accounting.FILE).write_text(text)
   _, goodput = begin(tmp_path, now, step=8)
   now[0] += 5
   assert goodput.spent() == {"start": 5, "step": 5, "lost": 0}
+
+
+@given(mutations.of(WRITTEN.encode()))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_are_figures_or_none(tmp_path, now, data):
+  (tmp_path / accounting.FILE).write_bytes(data)
+  _, goodput = begin(tmp_path, now, step=8)
+  now[0] += 5
+  assert 0 <= goodput.record()["goodput"] <= 1
+  assert "in steps" in goodput.line()
+  goodput.write(16)
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path, now):

@@ -14,6 +14,8 @@ from xlstm_jax.train.interrupt import Interrupt, Stopped
 from xlstm_jax.train.status import Status
 
 PATIENCE = 300
+# A grace that ends no test on a machine that is busy with others.
+NEVER = 1e6
 
 
 def wait_until(condition):
@@ -27,6 +29,7 @@ def wait_until(condition):
 def test_a_signal_stops_at_the_next_border(number, capsys):
   before = {n: signal.getsignal(n) for n in interrupt.SIGNALS}
   with interrupt.noted() as stopped:
+    stopped.grace = NEVER
     stopped.connect()
     assert not stopped.is_ahead()
     assert not stopped.reached()
@@ -43,6 +46,7 @@ def test_a_signal_stops_at_the_next_border(number, capsys):
 
 def test_a_signal_before_the_others_are_known_waits_for_them(capsys):
   with interrupt.noted() as stopped:
+    stopped.grace = NEVER
     os.kill(os.getpid(), signal.SIGTERM)
     wait_until(lambda: "SIGTERM" in capsys.readouterr().err)
     assert not stopped.is_ahead()
@@ -53,6 +57,7 @@ def test_a_signal_before_the_others_are_known_waits_for_them(capsys):
 
 def test_all_stop_where_the_one_furthest_on_is():
   stopped = Interrupt()
+  stopped.grace = NEVER
   for _ in range(3):
     assert not stopped.reached()
   asked, answer = threading.Event(), threading.Event()
@@ -125,6 +130,61 @@ def deaf(grace):
   assert process.stdout is not None
   assert process.stdout.readline() == "ready\n"
   return process
+
+
+class SlowEvent:
+  """Waits a second at least, by the clock that it turns."""
+
+  def __init__(self, monkeypatch):
+    self.now = 1000.0
+    monkeypatch.setattr(interrupt.time, "monotonic", lambda: self.now)
+
+  def wait(self, seconds):
+    self.now += max(seconds, 1.0)
+    return False
+
+
+@pytest.mark.parametrize(
+  ("grace", "early", "expected"), [(30, 0, 30), (30, 4, 26), (4, 4, 2)]
+)
+def test_the_grace_is_seconds_however_slow_the_machine_is(
+  grace, early, expected, monkeypatch, capsys
+):
+  class Ended(Exception):  # noqa: N818
+    pass
+
+  def ended(status):
+    assert status == Status.PREEMPTED
+    raise Ended
+
+  event = SlowEvent(monkeypatch)
+  monkeypatch.setattr(interrupt.os, "_exit", ended)
+  stopped = Interrupt()
+  stopped.grace, stopped.early = grace, early
+  monkeypatch.setattr(stopped, "_over", event)
+  with pytest.raises(Ended):
+    stopped._limit(1000.0)
+  assert event.now == 1000 + expected
+  assert f"{expected} s after the signal" in capsys.readouterr().out
+
+
+def test_two_threads_note_a_signal_once(capsys):
+  stopped = Interrupt()
+  stopped.grace = NEVER
+  both = threading.Barrier(2)
+
+  def note(cause):
+    both.wait(PATIENCE)
+    stopped.note(cause)
+
+  threads = [threading.Thread(target=note, args=[c]) for c in ("one", "two")]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join(PATIENCE)
+  stopped.note("three")
+  stopped.close()
+  assert capsys.readouterr().err.count("stopping after this step") == 1
 
 
 def test_the_grace_ends_what_does_not_end_itself():

@@ -1,6 +1,8 @@
 """Whole runs on prepared text: resumed, refused, initialised, interrupted."""
 
 import dataclasses
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -8,12 +10,16 @@ import subprocess
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from small_run import (
   EXPERIMENT,
+  GRACE,
   PATIENCE,
+  SIGNALS_ITSELF,
   command,
   environment,
   final_items,
+  patched,
   prepared,
   run,
   run_until,
@@ -21,8 +27,9 @@ from small_run import (
 
 from xlstm_jax import config, metrics, sharding
 from xlstm_jax.checkpoints import CheckpointConfig, Checkpoints
+from xlstm_jax.config import LimitsConfig
 from xlstm_jax.errors import UserError
-from xlstm_jax.train import loop, resume
+from xlstm_jax.train import accounting, lock, loop, resume
 from xlstm_jax.train.interrupt import Interrupt
 from xlstm_jax.train.status import Status
 
@@ -51,9 +58,9 @@ def arguments(folder, data):
 
 @pytest.fixture(scope="module")
 def cfg(arguments):
-  """The same run, in this process."""
+  """The same run, in this process, which no grace may end."""
   path = arguments[0].removeprefix("--config=")
-  cfg = config.from_experiment(path, arguments[1:])
+  cfg = config.from_experiment(path, [*arguments[1:], f"--config.{GRACE}"])
   return dataclasses.replace(cfg, compilation_cache=None)
 
 
@@ -63,6 +70,8 @@ def whole(folder, arguments):
   done = run(arguments, folder / "whole")
   assert done.returncode == 0, done.stderr
   assert "finished  step 60" in done.stdout
+  last = done.stdout.splitlines()[-1]
+  assert re.fullmatch(r"goodput   [\d.]+% of .* in steps; start .*", last)
   return folder / "whole"
 
 
@@ -90,6 +99,7 @@ def test_a_run_that_is_killed_and_continued_is_the_same_bit_by_bit(
   assert f"start     step {saved}, batch {saved} of the data" in output
   stopped = Checkpoints(workdir / "checkpoints").latest()
   assert f"stopped   step {stopped}, saved" in output
+  assert output.splitlines()[-1].startswith("goodput ")
   assert stopped is not None
   assert 27 <= stopped < 60
   done = run(arguments, workdir)
@@ -121,7 +131,9 @@ def test_the_workdir_holds_what_is_needed_without_the_data(whole, cfg):
     *("goodput.json", "lock", "tokenizer_spec.json"),
   }
   same = dataclasses.replace(
-    config.load(whole), compilation_cache=cfg.compilation_cache
+    config.load(whole),
+    compilation_cache=cfg.compilation_cache,
+    limits=cfg.limits,
   )
   assert same == cfg
   assert Checkpoints(whole / "checkpoints").best() == 60
@@ -240,8 +252,158 @@ def test_a_signal_before_the_first_step_ends_the_run(cfg, tmp_path, capsys):
   stopped.note("SIGTERM")
   assert loop.train(cfg, tmp_path, stopped) == Status.PREEMPTED
   stopped.close()
-  assert "stopped   before the first step" in capsys.readouterr().out
+  *_, before, last = capsys.readouterr().out.splitlines()
+  assert before.startswith("stopped   before the first step")
+  assert last.startswith("goodput ")
   assert Checkpoints(tmp_path / "checkpoints").latest() is None
+
+
+# As where a disk or a server does not answer: a thread of grain's waits.
+DATA_THAT_NEVER_COMES = """
+import threading
+from xlstm_jax.data import pipeline
+
+pipeline._GROUP_TOKENS = 1
+read, waiting = pipeline._Groups.__getitem__, threading.Event()
+def stuck(self, index):
+  if index >= 6:
+    waiting.set()
+    threading.Event().wait()
+  return read(self, index)
+pipeline._Groups.__getitem__ = stuck
+"""
+
+
+def test_a_run_ends_though_data_never_come(arguments, tmp_path):
+  code = DATA_THAT_NEVER_COMES + SIGNALS_ITSELF.format(
+    step=3, before="assert waiting.wait(600)", number=int(signal.SIGTERM)
+  )
+  done = subprocess.run(
+    patched(code, arguments, tmp_path / "run", f"--config.{GRACE}"),
+    capture_output=True,
+    text=True,
+    env=environment(),
+    timeout=PATIENCE,
+    check=False,
+  )
+  assert done.returncode == Status.PREEMPTED, done.stderr
+  assert re.search(r"stopped   step [456], saved", done.stdout)
+
+
+@pytest.mark.slow
+def test_a_defect_ends_the_run_with_a_traceback_though_data_never_come(
+  arguments, tmp_path
+):
+  code = DATA_THAT_NEVER_COMES + SIGNALS_ITSELF.format(
+    step=3, before="assert waiting.wait(600); 1 / 0", number=0
+  )
+  done = subprocess.run(
+    patched(code, arguments, tmp_path / "run"),
+    capture_output=True,
+    text=True,
+    env=environment(),
+    timeout=PATIENCE,
+    check=False,
+  )
+  assert done.returncode == 1, done.stderr
+  assert done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
+
+
+def test_a_workdir_that_another_run_writes_is_refused(cfg, tmp_path):
+  with (
+    lock.held(epath.Path(tmp_path)),
+    pytest.raises(UserError, match=f"Another run writes.*{os.getpid()}"),
+  ):
+    loop.train(cfg, tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == [lock.FILE]
+
+
+class Opened(Exception):  # noqa: N818
+  """Stands for what a folder of checkpoints that does not answer does."""
+
+
+@pytest.mark.parametrize("index", [None, 0, 1])
+def test_the_guards_have_their_limits_before_anything_can_hang(
+  cfg, tmp_path, monkeypatch, index
+):
+  guards = {}
+
+  class Watchdog:
+    def __init__(self, clock, seconds, workdir, *, behind):
+      guards.update(seconds=seconds, workdir=workdir, behind=behind())
+
+    def close(self):
+      pass
+
+  class Peers(Watchdog):
+    def __init__(self, *, passed, doing, heard):
+      guards.update(passed=passed(), doing=doing(), heard=heard)
+
+    def agree(self, passed):
+      return passed
+
+    def behind(self):
+      return "nobody"
+
+  def opened(*_):
+    raise Opened
+
+  monkeypatch.setattr(loop, "Watchdog", Watchdog)
+  monkeypatch.setattr(loop, "Peers", Peers)
+  monkeypatch.setattr(loop, "Checkpoints", opened)
+  if index is not None:
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("jax.process_index", lambda: index)
+  limits = LimitsConfig(
+    start_seconds=1.0,
+    step_seconds=2.0,
+    eval_seconds=3.0,
+    save_seconds=4.0,
+    grace_seconds=6.0,
+  )
+  stopped = Interrupt()
+  with pytest.raises(Opened):
+    loop.train(dataclasses.replace(cfg, limits=limits), tmp_path, stopped)
+  assert guards["seconds"] == {
+    accounting.START: 1.0,
+    accounting.COMPILE: 1.0,
+    accounting.STEP: 2.0,
+    accounting.DATA: 2.0,
+    accounting.EVAL: 3.0,
+    accounting.SAVE: 4.0,
+  }
+  assert guards["workdir"] == epath.Path(tmp_path)
+  assert stopped.grace == 6.0
+  if index is None:
+    assert guards["behind"] == "there are no others"
+    assert stopped.early == 0.0
+  else:
+    assert (guards["behind"], guards["doing"]) == ("nobody", "start")
+    assert (guards["passed"], guards["heard"]) == (0, stopped.note)
+    # The first process is the last to end, by more than a second.
+    assert stopped.early == (1.5 if index == 0 else 4.0)
+
+
+def test_the_first_execution_is_no_step(cfg, tmp_path, monkeypatch):
+  clocks, waits = [], []
+
+  class Clock(metrics.Clock):
+    def __init__(self, activity):
+      super().__init__(activity)
+      clocks.append(self)
+
+  ready = jax.block_until_ready
+
+  def waited(measured):
+    if isinstance(measured, dict) and "loss" in measured:
+      waits.append(clocks[-1].activity)
+    return ready(measured)
+
+  monkeypatch.setattr(metrics, "Clock", Clock)
+  monkeypatch.setattr(jax, "block_until_ready", waited)
+  short = dataclasses.replace(cfg, steps=6, eval_every=None)
+  assert loop.train(short, tmp_path) == Status.DONE
+  assert waits == [accounting.COMPILE]
 
 
 @pytest.mark.slow

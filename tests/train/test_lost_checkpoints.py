@@ -159,4 +159,26 @@ def test_other_data_under_the_same_name_are_refused(
     moved, data=dataclasses.replace(moved.data, accept_changes=True)
   )
   assert loop.train(accepting, workdir) == 0
-  assert f"changed   {data}: prepared anew" in capsys.readouterr().out
+  assert f"changed   {data}: other data than" in capsys.readouterr().out
+
+
+def test_other_data_under_another_name_are_refused_too(
+  workdir, cfg, tmp_path, capsys
+):
+  (tmp_path / "text").mkdir()
+  (tmp_path / "text" / "a.txt").write_text("another text " * 400)
+  data = prepared(tmp_path / "text", tmp_path / "d", "--heldout-fraction=0")
+  other = dataclasses.replace(
+    cfg, data=dataclasses.replace(cfg.data, paths=(data,))
+  )
+  with pytest.raises(
+    UserError, match=rf"{data} was .* is another dataset.*accept_changes=true"
+  ):
+    loop.train(other, workdir)
+  # One more is another mixture, which is listed and applied.
+  mixed = dataclasses.replace(
+    cfg, data=dataclasses.replace(cfg.data, paths=(*cfg.data.paths, data))
+  )
+  capsys.readouterr()
+  assert loop.train(mixed, workdir) == 0
+  assert "changed   data.paths: " in capsys.readouterr().out

@@ -9,6 +9,7 @@ import pytest
 from small_run import PATIENCE, free_port
 
 from xlstm_jax.train import peers
+from xlstm_jax.train.status import Status
 
 PEER = Path(__file__).with_name("peer.py")
 
@@ -36,6 +37,25 @@ def test_processes_agree_and_name_who_is_missing():
   assert second.splitlines() == ["passes 0"]
   assert "SIGTERM: stopping" in first_err
   assert "process 0 was told to stop: stopping" in second_err
+
+
+def test_where_the_grace_decides_no_process_ends_another():
+  port = str(free_port())
+  hosts = [
+    subprocess.Popen(
+      [sys.executable, PEER.with_name("ending.py"), str(index), port, early],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      env=os.environ | {"XLA_FLAGS": ""},
+    )
+    # Far enough apart for a machine that is busy with others.
+    for index, early in enumerate(("0", "10"))
+  ]
+  outputs = [host.communicate(timeout=PATIENCE)[0] for host in hosts]
+  assert [host.returncode for host in hosts] == 2 * [Status.PREEMPTED], outputs
+  assert "stopped   20 s after the signal, while starting" in outputs[0]
+  assert "stopped   10 s after the signal, while starting" in outputs[1]
 
 
 def test_one_process_meets_nobody():

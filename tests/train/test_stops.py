@@ -7,7 +7,7 @@ import threading
 import jax
 import numpy as np
 import pytest
-from small_run import EXPERIMENT, final_items, prepared
+from small_run import EXPERIMENT, GRACE, final_items, prepared
 
 from xlstm_jax import config, metrics
 from xlstm_jax.checkpoints import Checkpoints
@@ -22,7 +22,8 @@ def cfg(tmp_path_factory):
   data = prepared(folder, "data", "--tokenizer=byte")
   (folder / "experiment.py").write_text(EXPERIMENT)
   cfg = config.from_experiment(
-    str(folder / "experiment.py"), [f"--config.data.paths={data}"]
+    str(folder / "experiment.py"),
+    [f"--config.data.paths={data}", f"--config.{GRACE}"],
   )
   return dataclasses.replace(
     cfg,

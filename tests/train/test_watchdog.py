@@ -56,6 +56,45 @@ def test_a_workdir_that_does_not_answer_is_no_hindrance(tmp_path):
   assert "the_step_that_hangs" in done.stderr
 
 
+class Racing:
+  """A clock that begins a step while the watchdog looks at it.
+
+  Only the first activity has lasted; every reading of `changes` counts.
+  """
+
+  LOOKS = 30
+
+  def __init__(self):
+    self.activity = "start"
+    self.looks = 0
+    self._changes = 0
+
+  @property
+  def changes(self):
+    before = self._changes
+    self.looks += 1
+    if self.looks == self.LOOKS:
+      self._changes, self.activity = 1, "step"
+    elif self.looks == self.LOOKS + 1:
+      self._changes, self.activity = 2, "start"
+    return before
+
+
+def test_a_change_between_two_looks_is_no_hang(tmp_path, monkeypatch):
+  barks = []
+  monkeypatch.setattr(watchdog.Watchdog, "_bark", lambda _, a: barks.append(a))
+  clock = Racing()
+  # The first 30 ticks last three times as long as a step may.
+  seconds = {"start": 1e6, "step": 0.01}
+  dog = watchdog.Watchdog(clock, seconds, tmp_path, behind=str)
+  deadline = time.monotonic() + 300
+  while clock.looks < 2 * Racing.LOOKS and time.monotonic() < deadline:
+    time.sleep(0.01)
+  dog.close()
+  assert clock.looks >= 2 * Racing.LOOKS
+  assert barks == []
+
+
 def test_every_activity_has_its_own_time(tmp_path, monkeypatch):
   barks = []
   monkeypatch.setattr(watchdog.Watchdog, "_bark", lambda _, a: barks.append(a))

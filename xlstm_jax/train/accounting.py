@@ -16,7 +16,8 @@ FILE = "goodput.json"
 START, COMPILE, DATA, EVAL, SAVE = "start", "compile", "data", "eval", "save"
 STEP = "step"
 LOST = "lost"
-
+# Far beyond any clock, and far from where sums of floats overflow.
+_MAX_SECONDS = 1e12
 
 Spent = dict[str, float]
 
@@ -124,12 +125,24 @@ def _read(path: epath.Path) -> tuple[float | None, Spent, dict[str, Spent]]:
   """When the file was written, and what it says."""
   if path.exists():
     # Damaged, it costs the figures and not the run.
-    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+    with contextlib.suppress(
+      *(ValueError, TypeError, KeyError, AttributeError),
+      *(RecursionError, OverflowError),
+    ):
       file = json.loads(path.read_bytes())
-      at = {str(int(n)): _numbers(s) for n, s in file["checkpoints"].items()}
-      return float(file["written"]), _numbers(file["spent"]), at
+      at = {str(int(n)): _spent(s) for n, s in file["checkpoints"].items()}
+      return _seconds(file["written"]), _spent(file["spent"]), at
   return None, {}, {}
 
 
-def _numbers(values: Any) -> Spent:
-  return {str(name): float(seconds) for name, seconds in values.items()}
+def _spent(values: Any) -> Spent:
+  if not values.keys() <= {STEP, *_WORDS}:
+    raise ValueError("an unknown activity")
+  return {name: _seconds(seconds) for name, seconds in values.items()}
+
+
+def _seconds(value: Any) -> float:
+  seconds = float(value)
+  if not 0 <= seconds < _MAX_SECONDS:
+    raise ValueError("no number of seconds")
+  return seconds

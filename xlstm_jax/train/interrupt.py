@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from xlstm_jax.train.status import Status
@@ -29,16 +30,20 @@ class Interrupt:
   """Whether the run has been asked to stop, and where it does.
 
   Attributes:
-    grace: seconds between the signal and the end of the process.
+    grace: seconds between the signal and the end of the run.
+    early: how many seconds before that this process ends, of several: the
+      first one is to be the last.
     doing: says what the run is doing, for its last words.
   """
 
   def __init__(self):
     self.grace = 30.0
+    self.early = 0.0
     self.doing: Callable[[], str] = lambda: "starting"
     self._agree: Callable[[int], int] = lambda passed: passed
     self._connected = threading.Event()
-    self._noted = threading.Event()
+    # Taken by the first signal, for good.
+    self._first = threading.Lock()
     self._over = threading.Event()
     # Held while the processes agree, so that none passes a border meanwhile.
     self._lock = threading.Lock()
@@ -59,18 +64,20 @@ class Interrupt:
   def note(self, cause: str) -> None:
     """Starts the grace and finds out where to stop, in other threads.
 
-    Only called by one thread, and again to no effect.
+    Called by the thread that hears signals and by the one that hears the other
+    processes; only the first call has an effect.
     """
-    if self._noted.is_set():
+    if not self._first.acquire(blocking=False):
       return
-    self._noted.set()
+    since = time.monotonic()
     print(
-      f"{cause}: stopping after this step, at the latest in {self.grace:g} s",
+      f"{cause}: stopping after this step, at the latest in "
+      f"{self._seconds():g} s",
       file=sys.stderr,
       flush=True,
     )
-    for work in (self._settle, self._limit):
-      threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=self._settle, daemon=True).start()
+    threading.Thread(target=self._limit, args=[since], daemon=True).start()
 
   def reached(self) -> bool:
     """Whether to stop at this border; if not, it is passed."""
@@ -111,22 +118,24 @@ class Interrupt:
     with self._lock:
       self._stop_at = self._agree(self._passed)
 
-  def _limit(self) -> None:
+  def _limit(self, since: float) -> None:
     """Ends the process unless it ends itself within the grace."""
-    tick = 0.05
-    waited = 0.0
     # The grace may be set while this waits: the signal can come before the
     # configuration is read.
-    while waited < self.grace:
-      if self._over.wait(tick):
+    while (left := since + self._seconds() - time.monotonic()) > 0:
+      if self._over.wait(min(left, 0.05)):
         return
-      waited += tick
     print(
-      f"stopped   {self.grace:g} s after the signal, while {self.doing()}; run "
-      "again to continue from the last committed checkpoint",
+      f"stopped   {self._seconds():g} s after the signal, while "
+      f"{self.doing()}; run again to continue from the last committed "
+      "checkpoint",
       flush=True,
     )
     os._exit(Status.PREEMPTED)
+
+  def _seconds(self) -> float:
+    """Between the signal and the end of this process."""
+    return max(self.grace - self.early, self.grace / 2)
 
 
 @contextlib.contextmanager

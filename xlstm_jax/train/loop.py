@@ -9,7 +9,7 @@ from etils import epath
 
 from xlstm_jax import config, metrics, sharding, trained
 from xlstm_jax.checkpoints import EVAL_LOSS, Checkpoints, SaveTimer
-from xlstm_jax.config import RunConfig
+from xlstm_jax.config import LimitsConfig, RunConfig
 from xlstm_jax.data import format as files
 from xlstm_jax.errors import UserError
 from xlstm_jax.models.language_model import Definition
@@ -30,6 +30,7 @@ from xlstm_jax.train.interrupt import Interrupt, Stopped
 from xlstm_jax.train.peers import Peers
 from xlstm_jax.train.profile import Profile
 from xlstm_jax.train.resume import Progress
+from xlstm_jax.train.rollbacks import Rollback
 from xlstm_jax.train.run import Run, say
 from xlstm_jax.train.status import Status
 from xlstm_jax.train.watchdog import Watchdog
@@ -58,7 +59,7 @@ def train(
   clock = metrics.Clock(accounting.START)
   workdir = epath.Path(workdir).expanduser()
   if resume.seems_finished(cfg, workdir):
-    with _opened(cfg, workdir) as checkpoints:
+    with lock.held(workdir), _opened(cfg, workdir) as checkpoints:
       if resume.is_finished(cfg, workdir, checkpoints):
         return Status.DONE
   manifests = [files.read_manifest(path) for path in cfg.data.paths]
@@ -70,7 +71,12 @@ def train(
   config.validate(cfg, manifests[0], jax.device_count())
   folder.create(workdir)
   with contextlib.ExitStack() as stack:
+    stack.enter_context(lock.held(workdir))
+    # From here on disks and other processes are waited for.
+    for guard in _guards(cfg.limits, workdir, clock, stopped):
+      stack.enter_context(contextlib.closing(guard))
     checkpoints = stack.enter_context(_opened(cfg, workdir))
+    stack.callback(clock.now, accounting.SAVE)
     run = Run(
       cfg,
       workdir,
@@ -86,38 +92,43 @@ def train(
     folder.describe(run)
     trained.use_compilation_cache(cfg)
     report.describe(run)
-    for guard in _guards(run, clock, stopped):
-      stack.enter_context(contextlib.closing(guard))
     kernels.check(run)
     goodput = accounting.Goodput(workdir, clock)
+    # Last, however the run ends.
+    stack.callback(lambda: say(f"goodput   {goodput.line()}"))
+    decided = list(rollbacks.read(workdir))
     train_step = steps.compiled(run.definition, cfg, run.mesh)
     stack.enter_context(jax.set_mesh(run.mesh))
-    while (end := _train(run, train_step, stopped, clock, goodput)) is None:
-      pass
+    end = None
+    while end is None:
+      end = _train(run, train_step, decided, stopped, clock, goodput)
     return end
 
 
 @contextlib.contextmanager
 def _opened(cfg: RunConfig, workdir: epath.Path) -> Iterator[Checkpoints]:
-  """The checkpoints of a workdir that no other run writes meanwhile."""
-  with (
-    lock.held(workdir),
-    contextlib.closing(
-      Checkpoints(workdir / "checkpoints", cfg.checkpoint)
-    ) as checkpoints,
-  ):
+  """The checkpoints of a workdir; says which are damaged."""
+  checkpoints = Checkpoints(workdir / "checkpoints", cfg.checkpoint)
+  with contextlib.closing(checkpoints):
     for sentence in checkpoints.set_aside:
       say(f"damaged   {sentence}")
     yield checkpoints
 
 
-def _guards(run: Run, clock: metrics.Clock, stopped: Interrupt) -> list[Any]:
+def _guards(
+  limits: LimitsConfig,
+  workdir: epath.Path,
+  clock: metrics.Clock,
+  stopped: Interrupt,
+) -> list[Any]:
   """The threads that end this process where the loop itself cannot."""
-  limits = run.cfg.limits
   stopped.grace = limits.grace_seconds
   stopped.doing = lambda: clock.activity
   others = []
   if jax.process_count() > 1:
+    # One that is told by another hears it a second later. The first, without
+    # which JAX ends the others with SIGABRT, is the last.
+    stopped.early = 1.5 if jax.process_index() == 0 else 4.0
     others = [
       Peers(
         passed=lambda: stopped.passed,
@@ -135,12 +146,13 @@ def _guards(run: Run, clock: metrics.Clock, stopped: Interrupt) -> list[Any]:
     accounting.SAVE: limits.save_seconds,
   }
   behind = others[0].behind if others else lambda: "there are no others"
-  return [*others, Watchdog(clock, seconds, run.workdir, behind=behind)]
+  return [*others, Watchdog(clock, seconds, workdir, behind=behind)]
 
 
 def _train(
   run: Run,
   train_step: Any,
+  decided: list[Rollback],
   stopped: Interrupt,
   clock: metrics.Clock,
   goodput: accounting.Goodput,
@@ -158,7 +170,7 @@ def _train(
     stack.enter_context(contextlib.closing(log))
     profile = Profile(cfg.profile, run.workdir / "profile")
     stack.enter_context(contextlib.closing(profile))
-    feed = Feed(run, at.position, rollbacks.read(run.workdir))
+    feed = Feed(run, at.position, tuple(decided))
     stack.enter_context(contextlib.closing(feed))
     reports = report.Report(cfg, log, clock, at.health, step=at.step)
     timer = SaveTimer(cfg.save_minutes)
@@ -181,6 +193,9 @@ def _train(
         new = at.step == begun
         with clock.spent_on(accounting.COMPILE if new else accounting.STEP):
           at.state, measured = train_step(at.state, batch)
+          if new:
+            # Its first execution connects devices and tunes kernels.
+            jax.block_until_ready(measured)
         at.step, at.position, scores = at.step + 1, number + 1, {}
         reports.later(at.step, at.position, measured)
         profile.after(at.step, measured)
@@ -205,7 +220,7 @@ def _train(
       interrupted = True
       reports.now()
     if reports.finding is not None:
-      end = rollbacks.go_back(run, reports.finding, reports.position)
+      end = rollbacks.go_back(run, decided, reports.finding, reports.position)
       goodput.give_up()
       return Status.PREEMPTED if interrupted and end is None else end
     if interrupted and at.step == begun:
@@ -218,7 +233,7 @@ def _train(
         say(f"save      failed ({failure}); once more")
         _save(run, at, scores, clock, goodput)
     goodput.write(at.step)
-    reports.goodput(at.step, goodput)
+    log.write(at.step, goodput.record())
   if interrupted:
     say(f"stopped   step {at.step}, saved; run again to continue")
     return Status.PREEMPTED

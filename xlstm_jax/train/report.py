@@ -5,7 +5,7 @@ import jax
 from xlstm_jax import metrics
 from xlstm_jax.config import RunConfig
 from xlstm_jax.models import counts
-from xlstm_jax.train.accounting import COMPILE, DATA, STEP, Goodput
+from xlstm_jax.train.accounting import COMPILE, DATA, STEP
 from xlstm_jax.train.health import Finding, Health
 from xlstm_jax.train.run import Run, say
 from xlstm_jax.train.step import Metrics
@@ -110,11 +110,6 @@ class Report:
       f"eval {step:>6}  loss {loss:.4f}  "
       f"perplexity {metrics.perplexity(loss):.4g}  held out"
     )
-
-  def goodput(self, step: int, spent: Goodput) -> None:
-    """Reports where the wall time went, over all restarts."""
-    self._log.write(step, spent.record())
-    say(f"goodput   {spent.line()}")
 
   def _record(self, step: int, measured: Metrics) -> None:
     record = {name: float(value) for name, value in measured.items()}

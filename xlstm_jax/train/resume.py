@@ -39,12 +39,13 @@ def check_same_run(run: Run) -> None:
   for key, change in changed.items():
     say(f"changed   {_listed({key: change})}")
   hashes = [manifest.hash for manifest in run.manifests]
-  if "data.paths" not in changed and saved["data"] != hashes:
+  # Another number of datasets is another mixture, and was listed above.
+  if len(saved["data"]) == len(hashes) and saved["data"] != hashes:
     _check_data(run, saved["data"], hashes)
 
 
 def _check_data(run: Run, before: list[str], now: list[str]) -> None:
-  """Refuses datasets other than the checkpoint's under the same names."""
+  """Refuses datasets other than the checkpoint's, whatever their names."""
   changed = [
     path
     for path, old, new in zip(run.cfg.data.paths, before, now, strict=True)
@@ -53,11 +54,11 @@ def _check_data(run: Run, before: list[str], now: list[str]) -> None:
   if not run.cfg.data.accept_changes:
     raise UserError(
       f"{', '.join(changed)} was prepared anew since the checkpoint in "
-      f"{run.workdir}, so the run would not go on with the same text in the "
-      "same order: restore the data, or accept that with "
+      f"{run.workdir}, or is another dataset, so the run would not go on with "
+      "the same text in the same order: restore the data, or accept that with "
       "--config.data.accept_changes=true."
     )
-  say(f"changed   {', '.join(changed)}: prepared anew since the checkpoint")
+  say(f"changed   {', '.join(changed)}: other data than the checkpoint's")
 
 
 def _check_tokenizer(run: Run, hash: str, workdir: epath.Path) -> None:

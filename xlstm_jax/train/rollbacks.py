@@ -1,20 +1,25 @@
 """Which windows of the data a run leaves out, as decided once and for all.
 
 A run that goes wrong returns to its last good checkpoint and goes on behind
-the data that it had read since. The decision is a line of a file before
-anything acts on it, and nothing else carries it: a run that is killed in
-between, and every later start, reads the same data.
+the data that it had read since. The decision is in a file before anything acts
+on it: a run that is killed in between, and every later start, reads the same
+data. While a run goes on, each of its processes has all decisions in memory
+and comes to the next one by itself, as all see the same losses.
 """
 
 import dataclasses
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 from etils import epath
 
-from xlstm_jax.errors import UserError
+from xlstm_jax.checkpoints import of_first_process
+from xlstm_jax.data import format as files
+from xlstm_jax.errors import UserError, shown
 from xlstm_jax.train import peers, resume
 from xlstm_jax.train import workdir as folder
 from xlstm_jax.train.health import Finding
@@ -22,6 +27,7 @@ from xlstm_jax.train.run import Run, say
 from xlstm_jax.train.status import Status
 
 FILE = "rollbacks.json"
+_MAX_BYTES = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,31 +50,52 @@ class Rollback:
 
 
 def read(workdir: epath.PathLike) -> tuple[Rollback, ...]:
-  """All rollbacks of a run, oldest first.
+  """All rollbacks of a run, oldest first, as its first process reads them.
+
+  All processes call this, and once: what another one has written since may not
+  have come to all hosts.
 
   Raises:
     UserError: the file is damaged.
   """
-  path = epath.Path(workdir) / FILE
-  if not path.exists():
-    return ()
+  path = Path(workdir) / FILE
+  text = None
+  if jax.process_index() == 0 and path.exists():
+    data = files.read_regular_file(path, limit=_MAX_BYTES)
+    # Any bytes are text in Latin 1.
+    text = data.decode("latin-1")
+  text = of_first_process(text)
+  return () if text is None else _parse(text.encode("latin-1"), path)
+
+
+def _parse(data: bytes, path: Path) -> tuple[Rollback, ...]:
   try:
-    entries = json.loads(path.read_text())
-    found = tuple(Rollback(**entry) for entry in entries)
-    if not all(0 <= one.first < one.stop for one in found):
-      raise ValueError("it leaves out nothing")
+    entries = files.parse_json(data, path)
+    return tuple(_rollback(entry) for entry in entries)
   except (ValueError, TypeError) as error:
     raise UserError(
       f"{path} is damaged ({error}); without it the run would read other data. "
       "Restore it from a copy, or move it away to read all data."
     ) from error
-  return found
 
 
-def add(workdir: epath.PathLike, rollback: Rollback) -> None:
-  """Commits a decision; a reader sees the file before or after it."""
+def _rollback(entry: Any) -> Rollback:
+  one = Rollback(**entry)
+  for field in dataclasses.fields(Rollback):
+    value = getattr(one, field.name)
+    # No `isinstance`, as true and false are integers to Python.
+    if type(value) is not field.type:
+      raise ValueError(f"{field.name} is {shown(value)}")
+  # Windows are numbered by int64.
+  if not 0 <= one.first < one.stop < 2**63:
+    raise ValueError(f"it leaves out {shown(one.first)} to {shown(one.stop)}")
+  return one
+
+
+def commit(workdir: epath.PathLike, rollbacks: Sequence[Rollback]) -> None:
+  """Replaces the file; a reader sees it before or after the decision."""
   path = epath.Path(workdir) / FILE
-  entries = [dataclasses.asdict(one) for one in (*read(workdir), rollback)]
+  entries = [dataclasses.asdict(one) for one in rollbacks]
   temporary = path.parent / f".{FILE}.tmp"
   with temporary.open("w") as file:
     file.write(json.dumps(entries, indent=2) + "\n")
@@ -88,11 +115,14 @@ def following(
   return position
 
 
-def go_back(run: Run, finding: Finding, position: int) -> Status | None:
-  """Decides to leave out what was read since the last checkpoint.
+def go_back(
+  run: Run, decided: list[Rollback], finding: Finding, position: int
+) -> Status | None:
+  """Decides to leave out what was read since the newest good checkpoint.
 
   Args:
     run: which has to go back.
+    decided: all rollbacks so far, the same in all processes; grows by one.
     finding: why.
     position: number of the batch behind the last one to leave out.
 
@@ -101,20 +131,22 @@ def go_back(run: Run, finding: Finding, position: int) -> Status | None:
     the run has gone back too often.
 
   Raises:
+    UserError: no checkpoint is good, or the decision cannot be written.
     Missing: a process did not come to the same decision in time.
   """
   # A save that failed is no checkpoint to return to.
   run.checkpoints.failure(wait=True)
-  to = run.checkpoints.latest()
-  first = 0 if to is None else resume.progress(run.checkpoints, to)["windows"]
-  before = read(run.workdir)
-  if len(before) >= run.cfg.health.max_rollbacks:
+  if len(decided) >= run.cfg.health.max_rollbacks:
     say(
       f"diverged  step {finding.step}: {finding.reason}; the run went back "
-      f"{len(before)} times (config.health.max_rollbacks): look at its losses, "
-      "change the configuration or allow more"
+      f"{len(decided)} times (config.health.max_rollbacks): look at its "
+      "losses, change the configuration or allow more"
     )
     return Status.DIVERGED
+  for sentence in run.checkpoints.set_damaged_aside():
+    say(f"damaged   {sentence}")
+  to = run.checkpoints.latest()
+  first = 0 if to is None else resume.progress(run.checkpoints, to)["windows"]
   decision = Rollback(
     found=finding.step,
     reason=finding.reason,
@@ -122,10 +154,11 @@ def go_back(run: Run, finding: Finding, position: int) -> Status | None:
     first=first,
     stop=position * run.cfg.batch_size,
   )
+  decided.append(decision)
   if jax.process_index() == 0:
     with folder.surface_write_errors(run.workdir):
-      add(run.workdir, decision)
-  peers.meet(f"rollback {len(before) + 1}", seconds=run.cfg.limits.meet_seconds)
+      commit(run.workdir, decided)
+  peers.meet(f"rollback {len(decided)}", seconds=run.cfg.limits.meet_seconds)
   say(
     f"rollback  from step {finding.step} to step {to or 0}, without the "
     f"windows {decision.first} to {decision.stop - 1} of the data"

@@ -51,10 +51,13 @@ class Watchdog:
     # Ticks are counted: a process that was suspended has not hung.
     while not self._closed.wait(tick):
       waited += tick
-      if changes != self._clock.changes:
-        changes, waited = self._clock.changes, 0.0
-      if waited > self._seconds[self._clock.activity]:
-        self._bark(self._clock.activity)
+      # Read before `changes`, as the clock sets it after: an activity that is
+      # not the one waited for comes with a change.
+      activity, now = self._clock.activity, self._clock.changes
+      if changes != now:
+        changes, waited = now, 0.0
+      if waited > self._seconds[activity]:
+        self._bark(activity)
 
   def _bark(self, activity: str) -> None:
     title = (
