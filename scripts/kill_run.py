@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from typing import NoReturn
+from unittest import mock
 
 import numpy as np
 
@@ -177,8 +178,8 @@ class Attempt:
       write()
       later(reports, number, position, measured)
 
-    metrics.Clock.now = now_and_tell
-    report.Report.later = later_and_tell
+    mock.patch.object(metrics.Clock, "now", now_and_tell).start()
+    mock.patch.object(report.Report, "later", later_and_tell).start()
 
   def doing(self, index: int) -> tuple[str, int]:
     """The phase a process is in, and the last step that it made or 0."""
