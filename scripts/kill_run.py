@@ -45,6 +45,7 @@ from xlstm_jax.models.language_model import Definition
 from xlstm_jax.train import accounting, command, interrupt, report
 from xlstm_jax.train import state as states
 from xlstm_jax.train.status import Status
+from xlstm_jax.train.step import Metrics
 
 SAVE_EVERY, EVAL_EVERY = 4, 7
 EXPERIMENT = f"""\
@@ -171,7 +172,7 @@ class Attempt:
       now(clock, new)
 
     def later_and_tell(
-      reports: report.Report, number: int, position: int, measured: object
+      reports: report.Report, number: int, position: int, measured: Metrics
     ) -> None:
       nonlocal step
       step = number
