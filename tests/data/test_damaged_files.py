@@ -28,6 +28,8 @@ def read_journal(folder: Path, data: bytes) -> None:
     kept = journal.load(folder)
     assert kept
     # What is read can be gone on with.
+    assert all(type(number) is int and number >= 0 for number in kept.place)
+    assert all(type(name) is str for name in kept.sources)
     assert kept.totals.keys() == set(files.SPLITS)
     kept.save(folder)
     assert journal.load(folder) == kept

@@ -83,8 +83,8 @@ def test_what_goes_wrong_is_found(script, tmp_path, parse, outcome):
 
 
 def test_an_earlier_peak_hides_nothing(script, tmp_path):
-  assert "MiB" in script["attempt"](lambda _: bytes(1200 * 2**20), tmp_path)
-  assert "MiB" in script["attempt"](_large, tmp_path)
+  for _ in range(2):
+    assert "MiB" in script["attempt"](_large, tmp_path)
   assert script["attempt"](_fine, tmp_path) == "parsed"
 
 
