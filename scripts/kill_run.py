@@ -330,7 +330,7 @@ class Killer:
     if attempt.started_from() == 0:
       attempt.fail("the last start went on from no checkpoint")
     again = self.starts[1:]
-    if 2 * sum(step > 0 for step in again) <= len(again):
+    if 2 * sum(step > 0 for step in again) < len(again):
       attempt.fail(f"most starts went on from no checkpoint, but {again}")
     return attempt
 
