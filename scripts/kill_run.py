@@ -71,10 +71,10 @@ def get_config():
   return cfg
 """
 # A kill comes at most so many steps behind the checkpoint gone on from, and
-# then at the next save or evaluation: in three intervals one is committed.
-REACH = 3 * SAVE_EVERY
+# then at the next save or evaluation: most of them see a new one committed.
+REACH = 5 * SAVE_EVERY
 # Half of the kills need steps at all.
-STEPS, STEPS_PER_KILL = 40, 12
+STEPS, STEPS_PER_KILL = 60, 14
 # What a run is killed in, in turn. The first comes before anything is saved,
 # so that a run is begun anew too.
 PHASES: tuple[str, ...] = (
