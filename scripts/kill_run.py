@@ -381,6 +381,7 @@ class Killer:
       if since is not None and not inside:
         # Too late; most phases come again.
         if phase in ONCE:
+          self._lasted[phase] = now - since
           return
         since, window = None, 0.0
       time.sleep(0.0005)
