@@ -5,7 +5,10 @@ python scripts/fuzz.py --inputs=1000 --only=manifest --seed=7
 
 Every input is a valid file with a few mutations. A parser may succeed or raise
 a UserError, within limits of time and memory; anything else is reported with
-the files that caused it.
+the files that caused it. What hangs where Python cannot interrupt it ends the
+process with its stack; the input is then the newest folder.
+
+Memory is read from /proc, as only Linux tells the peak of one input.
 """
 
 import argparse
@@ -16,9 +19,9 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import random
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -30,18 +33,22 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import jax.numpy as jnp
 import numpy as np
 import zstandard
 from etils import epath
 
-from xlstm_jax import checksums, config, prepare
+from xlstm_jax import checksums, config, metrics, prepare
+from xlstm_jax.checkpoints import EVAL_LOSS, CheckpointConfig, Checkpoints
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data import documents, journal, shards, tokenizer
 from xlstm_jax.data import format as files
 from xlstm_jax.errors import UserError
 from xlstm_jax.interop import large, paper, tensor_files
+from xlstm_jax.train import accounting, rollbacks
 
-SECONDS = 20
+# Of the processor, and by the clock where it does not even compute.
+SECONDS, WALL_SECONDS = 20, 600
 MEMORY_BYTES = 700 * 2**20
 
 EXPERIMENT = """\
@@ -375,6 +382,63 @@ def _write_checksums(folder: Path) -> None:
   checksums.write(epath.Path(folder), ["params"])
 
 
+def _write_checkpoints(folder: Path) -> None:
+  cfg = CheckpointConfig()
+  with contextlib.closing(Checkpoints(folder / "checkpoints", cfg)) as saved:
+    for step, loss in ((3, 0.5), (6, 0.25)):
+      items = {"params": {"a": jnp.arange(8.0)}, "progress": {"step": step}}
+      saved.save(step, items, {EVAL_LOSS: loss})
+
+
+def _read_checkpoints(folder: Path) -> None:
+  cfg = CheckpointConfig()
+  with contextlib.closing(Checkpoints(folder / "checkpoints", cfg)) as saved:
+    step = saved.latest()
+    if step is not None:
+      saved.restore(step, {"progress": None})
+
+
+def _write_records(folder: Path) -> None:
+  with contextlib.closing(metrics.Log(folder, step=0)) as log:
+    for step in range(1, 6):
+      log.write(step, {"loss": 1 / step, "seconds_per_step": 0.1})
+    log.write(5, {EVAL_LOSS: 0.5, "goodput": math.nan})
+
+
+def _read_records(folder: Path) -> None:
+  metrics.read(folder)
+  metrics.trajectory(folder)
+  metrics.Log(folder, step=3, without=EVAL_LOSS).close()
+
+
+def _write_rollbacks(folder: Path) -> None:
+  for found, first in ((7, 16), (19, 48)):
+    rollbacks.add(
+      folder,
+      rollbacks.Rollback(
+        found=found, reason="a spike", to=4, first=first, stop=first + 12
+      ),
+    )
+
+
+def _read_rollbacks(folder: Path) -> None:
+  rollbacks.following(rollbacks.read(folder), 5, batch_size=4)
+
+
+def _write_goodput(folder: Path) -> None:
+  goodput = accounting.Goodput(folder, metrics.Clock(accounting.START))
+  for step in (0, 4, 8):
+    goodput.write(step)
+
+
+def _read_goodput(folder: Path) -> None:
+  goodput = accounting.Goodput(folder, metrics.Clock(accounting.START))
+  goodput.back_to(4)
+  goodput.write(6)
+  goodput.record()
+  goodput.line()
+
+
 def _write_override(folder: Path) -> None:
   (folder / "experiment.py").write_text(EXPERIMENT)
   values = {
@@ -461,6 +525,17 @@ TARGETS = {
     (checksums.FILE,),
     lambda folder: checksums.problem(epath.Path(folder)),
   ),
+  "checkpoint": Target(
+    _write_checkpoints,
+    (f"checkpoints/6/{checksums.FILE}",),
+    _read_checkpoints,
+    weight=0.1,
+  ),
+  "records": Target(
+    _write_records, ("metrics.jsonl",), _read_records, weight=0.5
+  ),
+  "rollbacks": Target(_write_rollbacks, (rollbacks.FILE,), _read_rollbacks),
+  "goodput": Target(_write_goodput, (accounting.FILE,), _read_goodput),
 }  # fmt: skip
 
 
@@ -504,12 +579,24 @@ def fuzz(
   return counts, findings
 
 
-def attempt(parse: Callable[[Path], object], folder: Path) -> str:
+class Late(BaseException):
+  """An input took too long; no parser takes it for an error of a file."""
+
+
+def attempt(
+  parse: Callable[[Path], object],
+  folder: Path,
+  *,
+  seconds: float = SECONDS,
+  wall_seconds: float = WALL_SECONDS,
+) -> str:
   """What becomes of a folder: "parsed", "refused", or what went wrong."""
-  before = _peak_memory()
+  # From here on the peak is this input's.
+  Path("/proc/self/clear_refs").write_text("5")
+  before = _memory("VmRSS")
   try:
     # Nothing here has to survive the machine, and a disk is slow.
-    with _time_limit(), mock.patch("os.fsync"):
+    with _time_limits(seconds, wall_seconds), mock.patch("os.fsync"):
       parse(folder)
     outcome = "parsed"
   except UserError as error:
@@ -521,28 +608,38 @@ def attempt(parse: Callable[[Path], object], folder: Path) -> str:
     if isinstance(error, KeyboardInterrupt):
       raise
     outcome = traceback.format_exc()
-  grown = _peak_memory() - before
+  grown = _memory("VmHWM") - before
   if grown > MEMORY_BYTES:
     return f"{grown // 2**20} MiB of memory"
   return outcome
 
 
 @contextlib.contextmanager
-def _time_limit() -> Iterator[None]:
-  def late(*_: Any) -> None:
-    raise TimeoutError(f"longer than {SECONDS} s")
+def _time_limits(seconds: float, wall_seconds: float) -> Iterator[None]:
+  """Raises `Late` within, or ends the process where nothing can be raised."""
 
-  before = signal.signal(signal.SIGALRM, late)
-  signal.alarm(SECONDS)
+  def late(*_: Any) -> None:
+    raise Late(f"longer than {seconds} s")
+
+  before = signal.signal(signal.SIGPROF, late)
+  faulthandler.dump_traceback_later(
+    wall_seconds, exit=True, file=sys.__stderr__ or 2
+  )
+  signal.setitimer(signal.ITIMER_PROF, seconds)
   try:
     yield
   finally:
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    faulthandler.cancel_dump_traceback_later()
+    signal.signal(signal.SIGPROF, before)
 
 
-def _peak_memory() -> int:
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _memory(name: str) -> int:
+  """A field of this process's status, in bytes."""
+  status = Path("/proc/self/status").read_text()
+  kib = re.search(rf"^{name}:\s*(\d+) kB", status, re.MULTILINE)
+  assert kib
+  return int(kib[1]) * 1024
 
 
 def main() -> int:

@@ -3,6 +3,8 @@
 import os
 import runpy
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -44,8 +46,12 @@ def _long_message(folder):
   raise UserError("a" * 10_000)
 
 
-def _late(folder):
-  raise TimeoutError
+def _busy(folder):
+  try:
+    while True:
+      pass
+  except (Exception, TimeoutError):  # As a parser may.
+    return folder
 
 
 def _large(folder):
@@ -68,12 +74,39 @@ def _refusing(folder):
     (_refusing, "refused"),
     (_recursive, "RecursionError"),
     (_long_message, "a message of 10000 characters"),
-    (_late, "TimeoutError"),
+    (_busy, "longer than 2 s"),
     (_large, "MiB of memory"),
   ],
 )
 def test_what_goes_wrong_is_found(script, tmp_path, parse, outcome):
-  assert outcome in script["attempt"](parse, tmp_path)
+  assert outcome in script["attempt"](parse, tmp_path, seconds=2)
+
+
+def test_an_earlier_peak_hides_nothing(script, tmp_path):
+  for _ in range(2):
+    assert "MiB" in script["attempt"](_large, tmp_path)
+  assert script["attempt"](_fine, tmp_path) == "parsed"
+
+
+def test_a_hang_that_python_cannot_interrupt_ends_the_process(tmp_path):
+  """A sum in C without end, which looks at no signals."""
+  program = f"""
+import itertools, runpy
+attempt = runpy.run_path({str(SCRIPT)!r})["attempt"]
+def endless(folder):
+  return sum(itertools.repeat(0))
+attempt(endless, None, seconds=1, wall_seconds=3)
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", program],
+    capture_output=True,
+    text=True,
+    timeout=600,
+    check=False,
+  )
+  assert done.returncode == 1
+  assert "Timeout (0:00:03)!" in done.stderr
+  assert "in endless" in done.stderr
 
 
 # What mutations hardly find.
