@@ -82,7 +82,9 @@ def config(
   return RunConfig(
     model=MODELS[model],
     data=DataConfig(context=T),
-    optim=OptimConfig(peak_lr=1e-2, warmup_steps=2),
+    # With the usual eps, Adam makes a full step of either sign where rounding
+    # alone decides that of a gradient.
+    optim=OptimConfig(peak_lr=1e-2, warmup_steps=2, eps=1e-2),
     mesh=mesh,
     compute=Compute(dtype, param_dtype, remat=remat),
     batch_size=B,
@@ -187,11 +189,7 @@ def plain(cfg: RunConfig, dtype: str = "float64") -> RunConfig:
 
 
 def assert_near(cfg: RunConfig) -> None:
-  """Loss and every parameter in less than float64.
-
-  Adam makes steps of nearly equal length of gradients of any, so that rounding
-  moves some parameters far: what an ulp in the first ones changes is allowed.
-  """
+  """Loss and every parameter in less than float64."""
   truth = trained(plain(cfg))
   one = trained(plain(cfg, cfg.compute.dtype))
   ulp = float(jnp.finfo(cfg.compute.dtype).eps)
