@@ -6,12 +6,14 @@
 A shape is rows, tokens, heads, keys and values. Every row of the table runs in
 a process of its own; one that cannot run says why. Times are medians of
 rounds, in ms, on random bfloat16 data; errors are relative to the definition
-in float64, on 256 tokens of the same heads. Peers: mlstm_kernels (without the
-normaliser's gradient) and cuDNN's causal attention in JAX, of the same width
-in heads of 128, which computes something else and so has no errors.
+in float64, on 256 tokens of the same heads. Peers: mlstm_kernels' two Triton
+kernels (without the normaliser's gradient), FLA's simple_gla
+and cuDNN's causal attention in JAX, of the same width in heads of 128; the last
+two compute something else and so have no errors.
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -33,9 +35,13 @@ ROWS = (
   "chunkwise-64",
   "chunkwise-128",
   "chunkwise-256",
-  "mlstm_kernels",
+  "mlstm_kernels-xl",
+  "mlstm_kernels-limit",
+  "simple_gla",
   "cudnn",
 )
+IN_TORCH = ("mlstm_kernels-xl", "mlstm_kernels-limit", "simple_gla")
+OTHER_FUNCTIONS = ("simple_gla", "cudnn")
 SHAPES = ("8,8192,8,256,512", "8,8192,16,128,256")
 GRADIENTS = ("dq", "dk", "dv", "di", "df")
 TIME_LIMIT = 600  # seconds for a row, compilation included
@@ -91,35 +97,61 @@ def jax_arrays(x, dtype):
   return [*tokens, *gates, jnp.asarray(x["dh"], dtype)]
 
 
-def torch_functions():
-  """The same for mlstm_kernels, whose arrays are [B, H, T, ...]."""
-  from mlstm_kernels.torch.chunkwise.triton_xl_chunk.fwbw import (  # pyright: ignore[reportMissingImports]
-    mlstm_chunkwise__xl_chunk,
-  )
+def torch_functions(row: str):
+  """The same in PyTorch."""
+  import torch  # pyright: ignore[reportMissingImports]
+
+  # Else mlstm_kernels casts to float32 what comes in bfloat16.
+  half = {"autocast_kernel_dtype": torch.bfloat16}
+  match row:
+    case "mlstm_kernels-xl":
+      from mlstm_kernels.torch.chunkwise.triton_xl_chunk.fwbw import (  # pyright: ignore[reportMissingImports]
+        mlstm_chunkwise__xl_chunk,
+      )
+
+      forward = functools.partial(
+        mlstm_chunkwise__xl_chunk, chunk_size=128, **half
+      )
+    case "mlstm_kernels-limit":
+      from mlstm_kernels.torch.chunkwise.triton_limit_chunk.fwbw import (  # pyright: ignore[reportMissingImports]
+        mlstm_chunkwise__limit_chunk,
+      )
+
+      forward = functools.partial(
+        mlstm_chunkwise__limit_chunk, chunk_size=64, **half
+      )
+    case _:
+      from fla.ops.simple_gla import (  # pyright: ignore[reportMissingImports]
+        chunk_simple_gla,
+      )
+
+      def forward(q, k, v, i, f):
+        del i
+        return chunk_simple_gla(q, k, v, torch.nn.functional.logsigmoid(f))[0]
 
   def both(q, k, v, i, f, dh):
     args = [x.detach().requires_grad_() for x in (q, k, v, i, f)]
-    h = mlstm_chunkwise__xl_chunk(*args, chunk_size=128)
+    h = forward(*args)
     h.backward(dh)
     return h, tuple(x.grad for x in args)
-
-  def forward(*args):
-    return mlstm_chunkwise__xl_chunk(*args, chunk_size=128)
 
   return forward, both
 
 
-def torch_arrays(x):
+def torch_arrays(row: str, x):
   import torch  # pyright: ignore[reportMissingImports]
 
-  names = ("q", "k", "v", "i", "f", "dh")
-  arrays = [
-    torch.tensor(x[name].swapaxes(1, 2).copy()).cuda() for name in names
-  ]
-  return [
-    a if name in "if" else a.to(torch.bfloat16)
-    for name, a in zip(names, arrays, strict=True)
-  ]
+  def placed(name):
+    a = x[name] if row == "simple_gla" else heads_first(x[name])
+    a = torch.tensor(a.copy()).cuda()
+    return a if name in ("i", "f") else a.to(torch.bfloat16)
+
+  return [placed(name) for name in ("q", "k", "v", "i", "f", "dh")]
+
+
+def heads_first(a):
+  """[B, T, H, ...] as mlstm_kernels has it, [B, H, T, ...], and back."""
+  return a.swapaxes(1, 2)
 
 
 def measured(run, wait) -> float:
@@ -156,18 +188,18 @@ def errors(results, x) -> dict[str, float]:
 def bench(row: str, shape: tuple[int, ...]) -> dict:
   """One row of the table, in this process."""
   small = inputs((1, 256, 2, *shape[3:]))
-  if row == "mlstm_kernels":
+  if row in IN_TORCH:
     import torch  # pyright: ignore[reportMissingImports]
 
-    forward, both = torch_functions()
-    arrays, few = torch_arrays(inputs(shape)), torch_arrays(small)
+    forward, both = torch_functions(row)
+    arrays, few = (torch_arrays(row, x) for x in (inputs(shape), small))
 
     def wait(x):
       del x
       torch.cuda.synchronize()
 
     def from_device(a):
-      return a.detach().float().cpu().numpy().swapaxes(1, 2)
+      return heads_first(a.detach().float().cpu().numpy())
 
     to_numpy = from_device
   else:
@@ -183,13 +215,13 @@ def bench(row: str, shape: tuple[int, ...]) -> dict:
     "forward": measured(lambda: forward(*arrays[:5]), wait),
     "both": measured(lambda: both(*arrays), wait),
   }
-  if row == "mlstm_kernels":
+  if row in IN_TORCH:
     import torch  # pyright: ignore[reportMissingImports]
 
     result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
   elif statistics_ := jax.devices()[0].memory_stats():
     result["peak_gib"] = statistics_["peak_bytes_in_use"] / 2**30
-  if row != "cudnn":
+  if row not in OTHER_FUNCTIONS:
     h, gradients = both(*few)
     result["errors"] = errors([to_numpy(a) for a in (h, *gradients)], small)
   return result
@@ -220,7 +252,7 @@ def in_process(row: str, shape: str) -> dict:
 
 
 def line(shape: str, row: str, result: dict) -> str:
-  start = f"{shape:20} {row:15}"
+  start = f"{shape:20} {row:19}"
   if "failed" in result:
     return f"{start} {result['failed'][:120]}"
   error = " ".join(f"{n} {e:.1e}" for n, e in result.get("errors", {}).items())
@@ -259,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
   if args.here:
     print(json.dumps(bench(rows[0], parsed(shapes[0]))))
     return
-  print(f"{'shape':20} {'row':15} {'forward':>9} {'both':>9}     GiB  errors")
+  print(f"{'shape':20} {'row':19} {'forward':>9} {'both':>9}     GiB  errors")
   results = []
   for shape in shapes:
     for row in rows:

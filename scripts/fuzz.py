@@ -412,13 +412,13 @@ def _read_records(folder: Path) -> None:
 
 
 def _write_rollbacks(folder: Path) -> None:
-  for found, first in ((7, 16), (19, 48)):
-    rollbacks.add(
-      folder,
-      rollbacks.Rollback(
-        found=found, reason="a spike", to=4, first=first, stop=first + 12
-      ),
+  decided = [
+    rollbacks.Rollback(
+      found=found, reason="a spike", to=4, first=first, stop=first + 12
     )
+    for found, first in ((7, 16), (19, 48))
+  ]
+  rollbacks.commit(folder, decided)
 
 
 def _read_rollbacks(folder: Path) -> None:
