@@ -80,8 +80,11 @@ def _parse(data: bytes, path: Path) -> tuple[Rollback, ...]:
 
 
 def _rollback(entry: Any) -> Rollback:
+  fields = dataclasses.fields(Rollback)
+  if not isinstance(entry, dict) or set(entry) != {f.name for f in fields}:
+    raise ValueError(f"a decision is {shown(entry)}")
   one = Rollback(**entry)
-  for field in dataclasses.fields(Rollback):
+  for field in fields:
     value = getattr(one, field.name)
     # No `isinstance`, as true and false are integers to Python.
     if type(value) is not field.type:
