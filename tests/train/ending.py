@@ -3,11 +3,15 @@
 import sys
 import threading
 
+from xlstm_jax.config import LimitsConfig
 from xlstm_jax.train import peers, processes
 from xlstm_jax.train.interrupt import Interrupt
 
 index, port, early = map(int, sys.argv[1:])
-processes.join(processes.Processes(f"localhost:{port}", 2, index))
+processes.join(
+  processes.Processes(f"localhost:{port}", 2, index),
+  LimitsConfig(join_seconds=600),
+)
 stopped = Interrupt()
 stopped.grace, stopped.early = 20.0, early
 talking = peers.Peers(

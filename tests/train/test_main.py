@@ -11,11 +11,15 @@ from xlstm_jax.train import __main__ as command
 # A thread that Python would wait for, and a process that JAX would.
 ENDING = """
 import sys, threading
+from xlstm_jax.config import LimitsConfig
 from xlstm_jax.train import __main__ as command
 from xlstm_jax.train import peers, processes
 
 index, port = map(int, sys.argv[1:])
-processes.join(processes.Processes(f"localhost:{port}", 2, index))
+processes.join(
+  processes.Processes(f"localhost:{port}", 2, index),
+  LimitsConfig(join_seconds=600),
+)
 threading.Thread(target=threading.Event().wait).start()
 client = peers._client()
 client.wait_at_barrier("both", 600_000)
