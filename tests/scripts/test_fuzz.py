@@ -1,6 +1,7 @@
 """Damaged files of every kind are read or refused, and a fault is seen."""
 
 import os
+import re
 import runpy
 import struct
 import subprocess
@@ -23,19 +24,32 @@ def script():
   return runpy.run_path(str(SCRIPT))
 
 
-def test_every_parser_reads_or_refuses_what_is_damaged(script, tmp_path):
-  counts, findings = script["fuzz"](tmp_path, inputs=3000, seed=0)
+def command(*options):
+  """The rows that the command prints, of a process that has no other work."""
+  done = subprocess.run(
+    [sys.executable, SCRIPT, *options],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+  row = re.compile(r"^(.+?) +(\d+) parsed +(\d+) refused$", re.MULTILINE)
+  rows = row.findall(done.stdout)
+  return {name: (int(parsed), int(refused)) for name, parsed, refused in rows}
+
+
+def test_every_parser_reads_or_refuses_what_is_damaged(script):
+  counts = command("--inputs=3000")
   assert counts.keys() == script["TARGETS"].keys()
-  assert not findings
   # Neither is all refused at the door, nor is nothing damaged.
   assert sum(parsed for parsed, _ in counts.values()) > 300
   assert sum(refused for _, refused in counts.values()) > 1000
 
 
 @pytest.mark.slow
-def test_many_damaged_files_are_read_or_refused(script, tmp_path):
-  _, findings = script["fuzz"](tmp_path, inputs=20_000, seed=1)
-  assert not findings
+def test_many_damaged_files_are_read_or_refused():
+  counts = command("--inputs=20000", "--seed=1")
+  assert sum(map(sum, counts.values())) > 19_000
 
 
 def _recursive(folder):
