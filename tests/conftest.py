@@ -10,6 +10,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # These import jax, which reads the environment above.
 import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 # A machine that is busy with others is no failure.
@@ -25,3 +27,13 @@ install_import_hook(
   ],
   "beartype.beartype",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+  """Every compiled program takes memory maps, of which Linux allows 65,530.
+
+  Beyond that the compiler aborts the process.
+  """
+  yield
+  jax.clear_caches()

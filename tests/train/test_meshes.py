@@ -119,6 +119,12 @@ def initial(model: ModelConfig) -> dict:
   return jax.jit(Definition(model).init)(jax.random.key(0))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_meshes():
+  yield
+  program.cache_clear()
+
+
 @functools.cache
 def program(cfg: RunConfig):
   """The compiled step, and the mesh that it is for."""
