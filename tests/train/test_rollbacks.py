@@ -344,9 +344,9 @@ def spoiled(params, *, batch, **kwargs):
   return loss * jnp.where(batch["targets"].min() == -1, jnp.nan, 1), tokens
 
 # The last thing that both have to do together before they decide.
-def late(run, step):
-  found = progress(run, step)
-  file = run.workdir / rollbacks.FILE
+def late(checkpoints, step):
+  found = progress(checkpoints, step)
+  file = checkpoints.directory.parent / rollbacks.FILE
   while jax.process_index() == 1 and not file.exists():
     time.sleep(0.05)
   return found
