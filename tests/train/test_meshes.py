@@ -119,15 +119,9 @@ def initial(model: ModelConfig) -> dict:
   return jax.jit(Definition(model).init)(jax.random.key(0))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _forget_meshes():
-  yield
-  program.cache_clear()
-
-
-@functools.cache
+@functools.lru_cache(maxsize=2)
 def program(cfg: RunConfig):
-  """The compiled step, and the mesh that it is for."""
+  """The compiled step, and the mesh that it is for; few, for memory maps."""
   definition = Definition(cfg.model, cfg.compute)
   sizes = dataclasses.astuple(cfg.mesh)
   mesh = sharding.make_mesh(cfg.mesh, jax.devices()[: math.prod(sizes)])
