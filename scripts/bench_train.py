@@ -16,10 +16,12 @@ Times are medians over rounds. Two utilisations, of the chips' bf16 peak:
 "6N" counts 6 FLOPs per parameter and token (embeddings too), as the published
 rows do; "MFU" counts `models.counts.train_flops_per_token`: the matrix products
 and the causal half of the cells, three forward passes, no recomputation. Peak
-memory is the allocator's, of the first device.
+memory is the allocator's, of the first device. --profile says where the time
+of a step goes on a GPU, by kind of kernel.
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import itertools
@@ -27,9 +29,11 @@ import json
 import math
 import os
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any, Literal
 
@@ -65,6 +69,15 @@ MODELS = {
   "1.3B-8heads": _heads("1.3B", 8),
 }
 UNSHARDED = "none"
+# Kinds of GPU kernels by their names, the first that matches.
+KINDS = {
+  "mLSTM kernels": "mosaic",
+  "collectives": "nccl|all_gather|all_reduce|reduce_scatter",
+  "matrix products": "gemm|nvjet|cutlass|cublas|xmma|dot",
+  "copies": "memcpy|memset|copy|transpose|concatenate|slice|pad",
+  "reductions": "reduce",
+  "elementwise": "fusion|wrapped|convert|loop|input",
+}
 ROUNDS, STEPS = 8, 4  # a round is timed as a whole
 TIME_LIMIT = 900  # seconds for a row, compilation included
 
@@ -79,6 +92,7 @@ class Row:
   mesh: str
   batch: int
   remat: Literal["none", "matmuls", "block"]
+  profile: bool = False
 
   @property
   def mesh_config(self) -> MeshConfig:
@@ -198,12 +212,54 @@ def _timed(row: Row, cfg: RunConfig, step, state, placed) -> dict[str, Any]:
     result["mfu_6n"] = share * 6 * counts.parameters(cfg.model)
   if "peak_bytes_in_use" in memory:
     result["peak_gib"] = memory["peak_bytes_in_use"] / 2**30
+  if row.profile:
+    result["profile"] = _profile(step, state, placed)
   return result
+
+
+def _profile(step, state, placed) -> dict[str, float]:
+  """ms per step of the first device, by kind of kernel."""
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      for batch in placed:
+        state, _ = step(state, batch)
+      jax.block_until_ready(state)
+    (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
+    planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
+  devices = sorted(
+    (plane for plane in planes if plane.name.startswith("/device:GPU")),
+    key=lambda plane: plane.name,
+  )
+  if not devices:
+    raise UserError("--profile needs a GPU: there are no kernels in the trace.")
+  totals = collections.Counter()
+  for line in devices[0].lines:
+    if line.name.startswith("Stream"):
+      for event in line.events:
+        totals[kind(event.name)] += event.duration_ns / 1e6 / len(placed)
+  return dict(totals.most_common())
+
+
+def kind(kernel: str) -> str:
+  """What a GPU kernel of that name does."""
+  return next(
+    (
+      name
+      for name, pattern in KINDS.items()
+      if re.search(pattern, kernel, re.IGNORECASE)
+    ),
+    "other",
+  )
 
 
 def in_process(row: Row) -> dict[str, Any]:
   """`bench` in a process of its own, or why it did not finish."""
-  given = [f"--{name}={value}" for name, value in vars(row).items()]
+  given = [
+    f"--{name}={value}"
+    for name, value in vars(row).items()
+    if name != "profile"
+  ]
+  given += ["--profile"] * row.profile
   try:
     done = subprocess.run(
       [sys.executable, __file__, *given, "--here"],
@@ -253,11 +309,12 @@ def main(argv: list[str] | None = None) -> None:
   add("--mesh", action="append", help="such as data=2,fsdp=4, or none")
   add("--batch", type=int, default=8, help="rows per share of the mesh")
   add("--remat", default="matmuls", choices=("none", "matmuls", "block"))
+  add("--profile", action="store_true", help="also where the time goes")
   add("--json", type=pathlib.Path, help="where results go")
   add("--here", action="store_true", help="one row, here, as JSON")
   args = parser.parse_args(argv)
   rows = [
-    Row(*each, batch=args.batch, remat=args.remat)
+    Row(*each, batch=args.batch, remat=args.remat, profile=args.profile)
     for each in itertools.product(
       args.model or MODELS,
       args.context or (2048, 8192),
@@ -277,6 +334,8 @@ def main(argv: list[str] | None = None) -> None:
     result = in_process(row)
     results.append({**vars(row), **result})
     print(line(row, result), flush=True)
+    for name, ms in result.get("profile", {}).items():
+      print(f"    {name:16} {ms:9.2f} ms", flush=True)
   if args.json:
     args.json.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -404,7 +404,8 @@ def rounded_shares(
   of what an ulp in the inputs changes, and 4 ulp of the largest on top; of
   its logarithm where all are small, as gates are summed in exponents. In
   bfloat16 the kernel bound holds as well: native is the chunkwise form at the
-  same chunk, or at T for a form without chunks.
+  same chunk, or at T for a form without chunks. Of the gates' gradients a
+  kernel may lose what decision 5 says.
 
   The definition is no measure of itself: its own loss allows it nothing, so
   that the rest is an absolute bound, which holds at the default `time` (at 301
@@ -424,6 +425,17 @@ def rounded_shares(
   n_terms = np.abs(x.state.n_BHK * expected["dn"])
   terms = C_terms.sum((2, 3)) + n_terms.sum(2)
   largest = {"dm_alone": float(np.max(terms))}
+  factors = {}
+  if form.backend in REFUSALS:
+    slope = np.max(1 / (1 + np.exp(x.f_BTH)))
+    dlog_i = expected["di"]
+    if options.input_gate == "sigmoid":
+      dlog_i = dlog_i * (1 + np.exp(x.i_BTH))
+    inside = 4 * np.max(np.sum(np.abs(dlog_i), axis=1))
+    states = np.max(np.sqrt(np.sum(C_terms**2, (2, 3)))) * 2**-8.5
+    floor = inside + states / (4 * np.finfo(np.float32).eps)
+    largest["df"] = float(slope * floor)
+    factors = dict.fromkeys(("di", "df", "dC"), 2 * np.sqrt(2))
   shares = {
     name: excess(
       value,
@@ -448,6 +460,7 @@ def rounded_shares(
         expected[name],
         moved=[other[name] for other in own],
         largest=largest.get(name),
+        factor=factors.get(name, 2.0),
       )
       shares[name] = max(shares[name], kernel)
   return shares

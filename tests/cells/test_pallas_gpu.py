@@ -20,17 +20,13 @@ import mlstm_contract as contract
 import numpy as np
 import pytest
 
-from xlstm_jax.cells.bound import excess
 from xlstm_jax.cells.documents import documents
 from xlstm_jax.cells.mlstm import State, mlstm
 from xlstm_jax.cells.mlstm import pallas_gpu as backend
-from xlstm_jax.cells.mlstm.chunkwise import chunkwise
 from xlstm_jax.cells.mlstm.gates import log_gates
 from xlstm_jax.cells.mlstm.pallas_gpu_gates import last_stabilizer, scales
 from xlstm_jax.cells.mlstm.recurrent import recurrent
 from xlstm_jax.errors import UserError
-
-NAMES = ("h", "C", "n", "m", "dq", "dk", "dv", "di", "df", "dC", "dn", "dm")
 
 
 def prepared(gate: str, time: int, chunk: int):
@@ -73,8 +69,8 @@ def by_scales(x, s, chunk: int, eps: float):
     qc, kc, vc = (y[:, :, at * chunk : (at + 1) * chunk] for y in (q, k, v))
     first = s.first_BT[span][:, None, :, None]
     visible = (place <= place[:, None]) & (place >= first)
-    log_w = s.reader_BHT[span][..., None] + s.writer_BHT[span][..., None, :]
-    w = np.exp2(np.where(visible, log_w, -np.inf))
+    parts = s.reader_BH2T[span][..., None] + s.writer_BH2T[span][..., None, :]
+    w = np.exp(np.where(visible, parts.sum(axis=2), -np.inf))
     w = w * np.einsum("bhtk,bhsk->bhts", qc, kc)
     past = s.past_BHT[span][..., None]
     u = w.sum(-1) + past[..., 0] * np.einsum("bhtk,bhk->bht", qc, n)
@@ -90,10 +86,9 @@ def by_scales(x, s, chunk: int, eps: float):
   return np.concatenate(h, axis=2).swapaxes(1, 2)[:, :time], C
 
 
-# Differences of sums of log f inside a chunk cancel where gates forget by
-# thousands each, and exponents near 100 are rounded by 4e-6: 8.3e-3 and
-# 1.04e-3 as measured, for chunks of 16 tokens. docs/kernels.md has the gap.
-LOSS = {"i=100": 2e-3, "forget": 1e-2}
+# Exponents are sums of float32 numbers near 50 or 100, and where many writers
+# have such gates, u all but cancels in some rows: 1.0e-4 and 4.9e-4 measured.
+LOSS = {"i=50": 2e-4, "i=100": 1e-3}
 
 
 @pytest.mark.parametrize("gate", contract.GATES)
@@ -108,7 +103,7 @@ def test_scales_give_the_cell(gate):
   for got, name in ((h, "h"), (C, "C"), (m, "m")):
     error = np.linalg.norm(got - truth[name])
     subnormal = 1000 * np.finfo(np.float32).tiny
-    bound = LOSS.get(gate, 1e-3) * np.linalg.norm(truth[name]) + subnormal
+    bound = LOSS.get(gate, 2e-6) * np.linalg.norm(truth[name]) + subnormal
     assert error <= bound, name
 
 
@@ -117,7 +112,7 @@ def test_weights_never_overflow():
     *_, s = prepared(gate, 67, 16)
     for weight in (s.past_BHT, s.write_BHT, s.keep_BHN):
       assert np.all(np.asarray(weight) >= 0)
-      assert np.all(np.asarray(weight) <= 1 + 2 * LOSS.get(gate, 1e-3))
+      assert np.all(np.asarray(weight) <= 2 + 1e-5)
 
 
 @pytest.mark.parametrize("gate", ["normal", "mixed=50", "init"])
@@ -205,66 +200,26 @@ def test_states_that_enter_spans():
   np.testing.assert_allclose(got[0, 0], expected, rtol=1e-5, atol=1e-6)
 
 
-def results(form, wide: bool, *, time: int, dims: tuple[int, int]):
-  """Everything that a form computes for two documents after a state."""
-  K, V = dims
-  rng = np.random.default_rng(3)
-
-  def normal(*shape):
-    return jnp.asarray(rng.normal(size=(1, *shape)), jnp.float32)
-
-  q, k, v, dh = (normal(time, 1, d).astype(jnp.bfloat16) for d in (K, K, V, V))
-  i, f = normal(time, 1) - 2, jax.nn.log_sigmoid(normal(time, 1) + 3)
-  state = (normal(1, K, V), normal(1, K), normal(1))
-  dstate = (normal(1, K, V), normal(1, K), normal(1))
-  before = jnp.ones(1, jnp.int32)
-  ids = jnp.asarray(1 + (np.arange(time) >= 0.6 * time))[None].astype(jnp.int32)
-  doc = documents(ids, before, time)
-
-  def compute(*args):
-    h, last = form(
-      *args[:5],
-      doc,
-      State(*args[5:], before),
-      stabilize=True,
-      normalize=True,
-      eps=1e-6,
-    )
-    return h, last[:3]
-
-  with jax.enable_x64(wide):
-    args = (q, k, v, i, f, *state)
-    if wide:
-      args = tuple(np.asarray(x, np.float64) for x in args)
-    out, back = jax.vjp(compute, *args)
-    cotangents = jax.tree.map(lambda x, y: x.astype(y.dtype), (dh, dstate), out)
-    values = (*jax.tree.leaves(out), *back(cotangents))
-    return dict(
-      zip(NAMES, (np.asarray(x, np.float64) for x in values), strict=True)
-    )
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("time", "dims"), [(200, (64, 384)), (40, (96, 64))])
-def test_interpreted_kernels(time, dims):
-  """A bound of 5 times native's error, which is not yet the kernel bound's 2.
-
-  The gradients of n and of the forget gate contain the normaliser's, for which
-  h comes from its rounded output: 4.9 times native's error in the worst case
-  measured here, dn at T = 200.
-  """
-  from jax.experimental.pallas import mosaic_gpu as plgpu
-
-  run = functools.partial(results, time=time, dims=dims)
-  interpret = plgpu.InterpretGPUParams()
-  truth = run(recurrent, True)
-  native = run(functools.partial(chunkwise, chunk=128), False)
-  ours = run(
-    functools.partial(backend.pallas_gpu, chunk=128, interpret=interpret), False
+@pytest.mark.parametrize(
+  ("chunk", "time", "gates"),
+  [
+    (128, 67, ("normal", "init", "f=-50", "forget", "mixed=100")),
+    (256, 300, ("normal", "capped")),
+  ],
+)
+def test_interpreted_kernels_hold_the_contract(chunk, time, gates):
+  script = pathlib.Path(__file__).parent / "interpret_pallas_gpu.py"
+  paths = [script.parents[1], script.parents[2], *sys.path]
+  done = subprocess.run(
+    [sys.executable, script, str(chunk), str(time), *gates],
+    env=os.environ
+    | {"NPROC": "16", "PYTHONPATH": os.pathsep.join(map(str, paths))},
+    capture_output=True,
+    text=True,
+    check=False,
   )
-  for name in NAMES:
-    share = excess(ours[name], native[name], truth[name], factor=5.0)
-    assert share <= 1, (name, share)
+  assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.slow
@@ -296,4 +251,4 @@ def test_kernels_compile_for_the_h200_without_one(dims):
   spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", report)]
   assert len(registers) >= 6  # two scans and four reads
   assert max(registers) <= 232
-  assert max(spills) <= 312
+  assert max(spills) <= 240

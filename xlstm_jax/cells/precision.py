@@ -50,18 +50,18 @@ def product(
       precision=multiplication(dtype),
     )
 
-  def rounded(x, y):
-    x, y = _round(x.astype(wide), dtype), _round(y.astype(wide), dtype)
+  def wide_product(x, y):
+    x, y = rounded(x.astype(wide), dtype), rounded(y.astype(wide), dtype)
     return jnp.einsum(spec, x, y)
 
   if dtype == wide:
     return narrow(x, y)
   # XLA's CPU backend lacks some products of bfloat16 operands with a float32
   # sum ("Unsupported element type for DotThunk::Execute").
-  return jax.lax.platform_dependent(x, y, cpu=rounded, default=narrow)
+  return jax.lax.platform_dependent(x, y, cpu=wide_product, default=narrow)
 
 
-def _round(x, dtype):
+def rounded(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
   """Rounds to the precision of `dtype`, which a pair of casts need not do."""
   to = jnp.finfo(dtype)
   return jax.lax.reduce_precision(x, to.nexp, to.nmant)

@@ -18,12 +18,12 @@ from jaxtyping import Array, DTypeLike, Float
 
 from xlstm_jax.cells.documents import Documents
 from xlstm_jax.cells.mlstm.pallas_gpu_gates import (
-  LOG2_E,
   Scales,
   last_stabilizer,
   scales,
 )
 from xlstm_jax.cells.mlstm.state import State
+from xlstm_jax.cells.precision import rounded
 from xlstm_jax.errors import UserError
 
 SHARED_MEMORY = 227 * 1024  # bytes a block may have on a Hopper GPU
@@ -181,10 +181,13 @@ def _rescaled(state: State, m_BH) -> State:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mlstm(opt, q, k, v, log_i, log_f, C, n, m, segment, id_, start):
-  return _forward(opt, q, k, v, log_i, log_f, C, n, m, segment, id_, start)[0]
+  args = (q, k, v, log_i, log_f, C, n, m, segment, id_, start)
+  return _forward(opt, *args, keep=False)[0]
 
 
-def _forward(opt, q, k, v, log_i, log_f, C, n, m, segment, id_, start):
+def _forward(
+  opt, q, k, v, log_i, log_f, C, n, m, segment, id_, start, keep=True
+):
   s = scales(
     log_i,
     log_f,
@@ -201,15 +204,15 @@ def _forward(opt, q, k, v, log_i, log_f, C, n, m, segment, id_, start):
   )
   C_BHNKV, n_BHNK, C_last, n_last = states()
   floor_BHT, extra_BHT = _floor(s, opt)
-  h, u_BHT = _kernels().attend(
+  h, u_BHT, h_low = _kernels().attend(
     "h",
     q,
     k,
     v,
     C_BHNKV,
     n_BHNK,
-    row_BHT=s.reader_BHT,
-    column_BHT=s.writer_BHT,
+    row_BH2T=s.reader_BH2T,
+    column_BH2T=s.writer_BH2T,
     past_BHT=s.past_BHT,
     border_BT=s.first_BT,
     floor_BHT=floor_BHT,
@@ -217,33 +220,22 @@ def _forward(opt, q, k, v, log_i, log_f, C, n, m, segment, id_, start):
     chunk=opt.chunk,
     tiles=tiles(q.shape[-1], v.shape[-1]),
     normalize=opt.normalize,
+    low=keep,
     interpret=opt.interpret,
   )
-  kept = (q, k, v, h, u_BHT, s, C_BHNKV, n_BHNK, C_last, n_last)
+  kept = (q, k, v, h, h_low, u_BHT, s, C, C_BHNKV, n_BHNK)
   return (h, C_last, n_last, s.m_last_BH), kept
 
 
 def _backward(opt, kept, cotangents):
-  q, k, v, h, u_BHT, s, C_BHNKV, n_BHNK, C_last, n_last = kept
+  q, k, v, h, h_low, u_BHT, s, C, C_BHNKV, n_BHNK = kept
   dh, dC_last, dn_last, _ = cotangents
-  floor_BHT, extra_BHT = _floor(s, opt)
-  size_BHT = jnp.abs(u_BHT)
-  if opt.normalize:
-    size_BHT = jnp.where(size_BHT > floor_BHT, size_BHT, floor_BHT) + extra_BHT
-    bias_BHT = -_dot(dh, h) * jnp.where(
-      jnp.abs(u_BHT) > floor_BHT, jnp.sign(u_BHT), 0
-    )
-  else:
-    size_BHT = floor_BHT
-    bias_BHT = jnp.zeros_like(u_BHT)
-  reader_BHT = s.reader_BHT - jnp.log(size_BHT) * LOG2_E
-  past_BHT = s.past_BHT / size_BHT
-
+  dy, bias_BHT, reading_BHT = _readout_backward(opt, s, u_BHT, h, h_low, dh)
   D_BHNKV, dn_BHNK, dC, dn = _states(
     q,
-    dh,
-    past_BHT,
-    past_BHT * bias_BHT,
+    dy,
+    s.past_BHT,
+    s.past_BHT * bias_BHT,
     s.keep_BHN,
     dC_last,
     dn_last,
@@ -251,62 +243,126 @@ def _backward(opt, kept, cotangents):
     reverse=True,
   )
   key_dim, value_dim = q.shape[-1], v.shape[-1]
+  run = partial(
+    _kernels().attend,
+    bias_BHT=bias_BHT,
+    chunk=opt.chunk,
+    interpret=opt.interpret,
+  )
   reads = {
-    "row_BHT": reader_BHT,
-    "column_BHT": s.writer_BHT,
-    "past_BHT": past_BHT,
+    "row_BH2T": s.reader_BH2T,
+    "column_BH2T": s.writer_BH2T,
+    "past_BHT": s.past_BHT,
     "border_BT": s.first_BT,
+    "tiles": tiles(value_dim, key_dim),
   }
   writes = {
-    "row_BHT": s.writer_BHT,
-    "column_BHT": reader_BHT,
+    "row_BH2T": s.writer_BH2T,
+    "column_BH2T": s.reader_BH2T,
     "past_BHT": s.write_BHT,
     "border_BT": s.final_BT,
   }
-  run = partial(_kernels().attend, chunk=opt.chunk, interpret=opt.interpret)
-  wide = tiles(value_dim, key_dim)
-  dv, _ = run(
-    "dv", k, q, dh, D_BHNKV, dn_BHNK, **writes, tiles=tiles(key_dim, value_dim)
-  )
-  dq, q_dq_BHT = run(
-    "dq",
-    dh,
-    v,
-    k,
-    C_BHNKV,
-    n_BHNK,
-    **reads,
-    bias_BHT=bias_BHT,
-    partner_BTHO=q,
-    tiles=wide,
-  )
-  dk, di_BHT = run(
+  dq, *_ = run("dq", dy, v, k, C_BHNKV, n_BHNK, **reads)
+  dk, passed_BHT, _ = run(
     "dk",
     v,
-    dh,
+    dy,
     q,
     D_BHNKV,
     dn_BHNK,
     **writes,
-    bias_BHT=bias_BHT,
     partner_BTHO=k,
-    tiles=wide,
+    tiles=reads["tiles"],
+  )
+  dv, di_BHT, _ = run(
+    "dv",
+    k,
+    q,
+    dy,
+    D_BHNKV,
+    dn_BHNK,
+    **writes,
+    partner_BTHO=v,
+    tiles=tiles(key_dim, value_dim),
   )
 
-  # A forget gate scales what crosses it from writers before to readers
-  # after: what crosses the chunk's end, and what the chunk's own tokens
-  # after the gate read, less what they write.
-  flow_BHN = _crossing(C_BHNKV, C_last, D_BHNKV, 2) + _crossing(
-    n_BHNK, n_last, dn_BHNK, 1
+  through_BHN = _through(C_BHNKV, D_BHNKV, C, dC_last)
+  through_BHN += _total(n_BHNK, dn_BHNK)
+  df_BHT = _forget_gradient(
+    s.keep_BHN * through_BHN, passed_BHT, reading_BHT - di_BHT
   )
-  net = (q_dq_BHT - di_BHT).reshape(*flow_BHN.shape, opt.chunk)
-  df = flow_BHN[..., None] + jax.lax.cumsum(net, axis=3, reverse=True)
-  df_BHT = df.reshape(di_BHT.shape)
   gates = (x.swapaxes(1, 2) for x in (di_BHT, df_BHT))
   return dq, dk, dv, *gates, dC, dn, None, None, None, None
 
 
 _mlstm.defvjp(_forward, _backward)
+
+
+def _readout_backward(opt, s: Scales, u_BHT, h, h_low, dh):
+  """Cotangents of what the normaliser divides, y = h size, and of u.
+
+  The first is rounded, as products take it. The third result is all that a
+  token reads, weights times their cotangents, with that rounding: in df it has
+  to cancel what tokens write to each other.
+  """
+  floor_BHT, extra_BHT = _floor(s, opt)
+  size_BHT = floor_BHT
+  if opt.normalize:
+    size_BHT = jnp.maximum(jnp.abs(u_BHT), floor_BHT) + extra_BHT
+  size_BTH1 = size_BHT.swapaxes(1, 2)[..., None]
+  y = (h.astype(jnp.float32) + h_low.astype(jnp.float32)) * size_BTH1
+  dy = dh.astype(jnp.float32) / size_BTH1
+  dy_rounded = rounded(dy, dh.dtype)
+
+  def with_y(x_BTHV):
+    return jnp.sum(x_BTHV * y, axis=-1).swapaxes(1, 2)
+
+  bias_BHT, reading_BHT = jnp.zeros_like(u_BHT), with_y(dy_rounded)
+  if opt.normalize:
+    free = jnp.abs(u_BHT) > floor_BHT
+    dy_y_BHT = with_y(dy)
+    bias_BHT = jnp.where(free, -jnp.sign(u_BHT) / size_BHT * dy_y_BHT, 0)
+    # Where u itself divides, all weights of a reader together change h by
+    # `extra` alone.
+    reading_BHT = jnp.where(
+      free,
+      with_y(dy_rounded - dy) + extra_BHT / size_BHT * dy_y_BHT,
+      reading_BHT,
+    )
+  return dy_rounded.astype(dh.dtype), bias_BHT, reading_BHT
+
+
+def _forget_gradient(through_BHN, passed_BHT, net_BHT):
+  """The gradient of log f at t, which is what crosses t.
+
+  That is what goes through the whole chunk; what its tokens before t pass on
+  to later chunks; and what its tokens from t on read, less what they write to
+  each other (`net` has all that they write).
+  """
+  passed = passed_BHT.reshape(*through_BHN.shape, -1)
+  net = net_BHT.reshape(passed.shape) + passed
+  crossing = (
+    through_BHN[..., None]
+    + jnp.cumsum(passed, axis=3)
+    - passed
+    + jax.lax.cumsum(net, axis=3, reverse=True)
+  )
+  return crossing.reshape(net_BHT.shape)
+
+
+def _through(C_BHNKV, D_BHNKV, C_BHKV, D_BHKV):
+  """States before chunks times gradients of those after.
+
+  The kernels keep them rounded. The first state and the last gradient are
+  there as they are.
+  """
+  through_BHN = _total(C_BHNKV, D_BHNKV)
+  first = (C_BHKV - C_BHNKV[:, :, 0].astype(jnp.float32), D_BHNKV[:, :, 0])
+  last = (C_BHNKV[:, :, -1], D_BHKV - D_BHNKV[:, :, -1].astype(jnp.float32))
+  for at, pair in ((0, first), (-1, last)):
+    rest_BHN = _total(*(x[:, :, None] for x in pair))
+    through_BHN = through_BHN.at[..., at].add(rest_BHN[..., 0])
+  return through_BHN
 
 
 def _floor(s: Scales, opt: _Options):
@@ -315,21 +371,10 @@ def _floor(s: Scales, opt: _Options):
   return floor_BHT, opt.eps * jnp.exp(s.m_BHT - s.gauge_BHT)
 
 
-def _dot(x_BTHD, y_BTHD):
-  """Row by row, as [B, H, T]."""
-  x, y = x_BTHD.astype(jnp.float32), y_BTHD.astype(jnp.float32)
-  return jnp.sum(x * y, axis=-1).swapaxes(1, 2)
-
-
-def _crossing(before_BHN, last_BH, cotangent_BHN, dims):
-  """State after every chunk times its cotangent."""
-  axes = tuple(range(-dims, 0))
-  after_BHN = before_BHN[:, :, 1:]
-  inner = jnp.sum(
-    after_BHN.astype(jnp.float32) * cotangent_BHN[:, :, :-1], axis=axes
-  )
-  last = jnp.sum(last_BH * cotangent_BHN[:, :, -1], axis=axes)
-  return jnp.concatenate([inner, last[..., None]], axis=-1)
+def _total(x_BHN, y_BHN):
+  """The sum of x y, as [B, H, N]."""
+  product_BHN = x_BHN.astype(jnp.float32) * y_BHN.astype(jnp.float32)
+  return jnp.sum(product_BHN, axis=tuple(range(3, x_BHN.ndim)))
 
 
 def _states(k, v, write, write_n, keep, C, n, *, opt, reverse=False):

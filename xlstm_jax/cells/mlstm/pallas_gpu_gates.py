@@ -6,6 +6,7 @@ the stabiliser m is only a choice of scale.
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,17 +15,23 @@ from jaxtyping import Array, Float, Int
 
 from xlstm_jax.cells.documents import Documents
 
-LOG2_E = math.log2(math.e)
+# Sums of log f are kept in two parts: multiples of 1/GRID, whose sums and
+# differences are exact, and small rests. exp(LOWEST) is 0, and a chunk's sum
+# of it still has all its bits.
+GRID = 16
+LOWEST = -4096.0
 
 
 class Scales(NamedTuple):
-  """The weight of token s in token t is 2^(reader_t + writer_s).
+  """The weight of token s in token t is exp(reader_t + writer_s).
 
-  Both count log f from the start of the chunk. N is the number of chunks.
+  Both count log f from the start of the chunk and are the sum of two parts,
+  which are to be added to those of the other before they are to each other. N
+  is the number of chunks.
   """
 
-  reader_BHT: Float[Array, "B H T"]  # with K^-0.5 and the gauge of t
-  writer_BHT: Float[Array, "B H T"]
+  reader_BH2T: Float[Array, "B H 2 T"]  # with K^-0.5 and the gauge of t
+  writer_BH2T: Float[Array, "B H 2 T"]
   past_BHT: Float[Array, "B H T"]  # weight of the state before the chunk
   write_BHT: Float[Array, "B H T"]  # weight in the state after the chunk
   keep_BHN: Float[Array, "B H N"]  # weight of the state before in that after
@@ -51,6 +58,7 @@ def scales(
   batch, time, heads = log_i_BTH.shape
   split = (batch, heads, time // chunk, chunk)
   i, f = (x.swapaxes(1, 2).reshape(split) for x in (log_i_BTH, log_f_BTH))
+  f = jnp.maximum(f, LOWEST)
   id_ = id_BT.reshape(batch, 1, -1, chunk)
   start = start_BT.reshape(id_.shape)
   id_last = id_[..., -1]
@@ -58,29 +66,33 @@ def scales(
     [segment_B[:, None, None], id_last[..., :-1]], axis=-1
   )
 
-  upto = jnp.cumsum(f, axis=-1)
-  total = upto[..., -1]
+  upto = tuple(jnp.cumsum(part, axis=-1) for part in _parts(f))
+  total = upto[0][..., -1] + upto[1][..., -1]
   after = _sums_after(f)
   if stabilize:
-    m, m_after = _stabilizers(i, f, upto, id_, start, m_BH, segment_B)
+    m, m_after = _stabilizers(i, f, sum(upto), id_, start, m_BH, segment_B)
   else:
     m, m_after = jnp.zeros_like(i), jnp.zeros_like(total)
   m_before = jnp.concatenate([m_BH[..., None], m_after[..., :-1]], axis=-1)
   gauge = jnp.maximum(m, 0)
 
-  continues = id_ == before[..., None]
+  writer = [x - y for x, y in zip(_parts(i), upto, strict=True)]
+  reader = [x - y for x, y in zip(upto, _parts(gauge), strict=True)]
   scale = key_dim**-0.5
-  past = jnp.where(
-    continues, scale * jnp.exp(upto + m_before[..., None] - gauge), 0
-  )
+  continues = id_ == before[..., None]
+  past = [
+    x + y for x, y in zip(reader, _parts(m_before[..., None]), strict=True)
+  ]
+  past = jnp.where(continues, scale * jnp.exp(past[0] + past[1]), 0)
+  reader[1] += math.log(scale)
   write = jnp.where(
     id_ == id_last[..., None], jnp.exp(after + i - m_after[..., None]), 0
   )
   keep = jnp.where(id_last == before, jnp.exp(total + m_before - m_after), 0)
   flat = (batch, heads, time)
   return Scales(
-    ((upto - gauge) * LOG2_E + math.log2(scale)).reshape(flat),
-    ((i - upto) * LOG2_E).reshape(flat),
+    jnp.stack([x.reshape(flat) for x in reader], axis=2),
+    jnp.stack([x.reshape(flat) for x in writer], axis=2),
     past.reshape(flat),
     write.reshape(flat),
     keep,
@@ -91,20 +103,24 @@ def scales(
   )
 
 
+def _parts(x):
+  """x as a multiple of 1/GRID and a rest."""
+  coarse = jnp.round(x * GRID) / GRID
+  return coarse, jnp.where(jnp.isfinite(x), x - coarse, 0)
+
+
 def _stabilizers(i, f, upto, id_, start, m_BH, segment_B):
-  """m of every token, and m after every chunk."""
+  """m of every token, and the scale of the state after every chunk."""
   # The state before a document has m = 0, as if its first token had also
   # written with log i = log f.
-  level = jnp.where(start, jnp.maximum(i, f), i) - upto
-  inside = upto + _running_max(level, id_)
-
+  inside = _running_max(jnp.where(start, jnp.maximum(i, f), i), f, id_)
   # The same between chunks: a chunk writes with the level it ends on.
-  id_last = id_[..., -1]
-  total = jnp.cumsum(upto[..., -1], axis=-1)
-  level = _running_max(inside[..., -1] - total, id_last)
-  first = id_last == segment_B[:, None, None]
-  level = jnp.maximum(level, jnp.where(first, m_BH[..., None], -jnp.inf))
-  m_after = total + level
+  id_last, level = id_[..., -1], inside[..., -1]
+  total = upto[..., -1]
+  m_after = _running_max(level, total, id_last)
+  given = m_BH[..., None] + jnp.cumsum(total, axis=-1)
+  given = jnp.where(id_last == segment_B[:, None, None], given, -jnp.inf)
+  m_after = jnp.maximum(m_after, given)
 
   m_before = jnp.concatenate([m_BH[..., None], m_after[..., :-1]], axis=-1)
   before = jnp.concatenate(
@@ -112,7 +128,11 @@ def _stabilizers(i, f, upto, id_, start, m_BH, segment_B):
   )
   past = upto + m_before[..., None]
   past = jnp.where(id_ == before[..., None], past, -jnp.inf)
-  return jnp.maximum(inside, past), m_after
+  # Powers of 2 apart from what it writes with, which is then as exact as in
+  # its own scale: the keys of its loudest token stay what they are.
+  steps = jnp.ceil((m_after - level) / math.log(2))
+  scale = jnp.where(jnp.isfinite(level), level + steps * math.log(2), m_after)
+  return jnp.maximum(inside, past), scale
 
 
 def _sums_after(x):
@@ -121,18 +141,20 @@ def _sums_after(x):
   return jax.lax.cumsum(later, axis=x.ndim - 1, reverse=True)
 
 
-def _running_max(x, id_):
-  """The largest x so far among those of the same document.
+def _running_max(x, f, id_):
+  """m_t = max(m_{t-1} + f_t, x_t), from nothing where a document begins.
 
-  By doubling the reach: XLA compiles a comparison of all pairs for minutes.
+  By doubling the reach: XLA compiles a comparison of all pairs for minutes,
+  and the sums between two tokens are not differences of long ones.
   """
   reach, length = 1, x.shape[-1]
   id_ = jnp.broadcast_to(id_, x.shape)
   while reach < length:
-    shift = [(0, 0)] * (x.ndim - 1) + [(reach, 0)]
-    before = jnp.pad(x[..., :-reach], shift, constant_values=-jnp.inf)
-    same = jnp.pad(id_[..., :-reach], shift, constant_values=-1) == id_
-    x = jnp.maximum(x, jnp.where(same, before, -jnp.inf))
+    shift = partial(jnp.pad, pad_width=[(0, 0)] * (x.ndim - 1) + [(reach, 0)])
+    before = shift(x[..., :-reach], constant_values=-jnp.inf)
+    same = shift(id_[..., :-reach], constant_values=-1) == id_
+    x = jnp.maximum(x, jnp.where(same, before + f, -jnp.inf))
+    f += shift(f[..., :-reach])
     reach *= 2
   return x
 

@@ -163,7 +163,7 @@ def scan_states(
             multiply(wk_kl, v_smem.at[slot])
           return n_k
 
-        C_kv, n_k = _accumulate_onto(C_kv * keep, n_k * keep, add, interpret)
+        C_kv, n_k = _accumulate_with(C_kv * keep, n_k * keep, add, interpret)
         plgpu.barrier_arrive(free.at[lax.rem(counts[-1], buffers)])
         return C_kv, n_k
 
@@ -211,8 +211,8 @@ def attend(
   state_BHN: jax.Array,
   vector_BHNK: jax.Array,
   *,
-  row_BHT: jax.Array,
-  column_BHT: jax.Array,
+  row_BH2T: jax.Array,
+  column_BH2T: jax.Array,
   past_BHT: jax.Array,
   border_BT: jax.Array,
   bias_BHT: jax.Array | None = None,
@@ -222,10 +222,11 @@ def attend(
   chunk: int,
   tiles: Tiles,
   normalize: bool = True,
+  low: bool = False,
   blocks: int = 132,
   interpret: Any = None,
-) -> tuple[jax.Array, jax.Array]:
-  """y_x = sum over z of (a_x b_z + bias) 2^(row_x + column_z) c_z + past.
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  """y_x = sum over z of (a_x b_z + bias) exp(row_x + column_z) c_z + past.
 
   z runs over the tokens of the chunk that x sees: in "h" and "dq" those
   before it, in "dk" and "dv" those after it, up to `border`, and itself. The
@@ -234,8 +235,14 @@ def attend(
   normaliser, also past_x bias_x vector and past_x vector.
 
   In "h" the result is divided by max(|u|, floor) + extra with u the sum of
-  the weights, and u is the second output. In "dq" and "dk" that is y_x
-  partner_x, from y before it is rounded, in parts to be summed.
+  the weights.
+
+  Returns:
+    y in bfloat16. In "h" u; in "dv" y_x partner_x, from y before it is
+    rounded, plus the sum of (a_x b_z) exp(row_x + column_z) bias_z and past_x
+    a_x vector, which is the gradient of the input gate; in "dk" the past's
+    part of that, which is the past of y times partner_x. With `low` what
+    rounding took from y.
   """
   batch, time, heads, dim = a_BTHA.shape
   out_dim = c_BTHO.shape[-1]
@@ -248,8 +255,10 @@ def attend(
   items = batch * heads * chunks * row_tiles * out_tiles
   blocks = min(blocks, items)
   lap = max(blocks // (row_tiles * out_tiles), 1)
-  has_bias = mode in ("dq", "dk")
-  vector_dim = {"h": dim, "dv": 0}.get(mode, tiles.outputs)
+  has_bias, has_sums = mode != "h", not transposed
+  has_partner = mode in ("dk", "dv")
+  ahead = tiles.key_buffers >= key_parts  # a first key tile fits in the ring
+  vector_dim = tiles.outputs if transposed else dim
 
   def decode(index):
     o, index = lax.rem(index, out_tiles), index // out_tiles
@@ -260,12 +269,18 @@ def attend(
     return index // heads, lax.rem(index, heads), n, r, o
 
   def columns(r):
-    return (2 * r, col_tiles) if reverse else (0, 2 * r + 2)
+    """How many column tiles a row tile sees, and which one the i-th is.
+
+    Those on the diagonal come last.
+    """
+    if reverse:
+      return col_tiles - 2 * r, lambda i: col_tiles - 1 - i
+    return 2 * r + 2, lambda i: i
 
   def body(
     a_ref, b_ref, c_ref, state_ref, vector_ref,
     row_ref, column_ref, past_ref, border_ref, bias_ref, floor_ref, extra_ref,
-    partner_ref, y_ref, u_ref,
+    partner_ref, y_ref, u_ref, low_ref,
     a_smem, b_smem, c_smem, y_smem, vector_smem,
     row_smem, column_smem, past_smem, border_smem, bias_smem, floor_smem,
     extra_smem, a_full, a_free, b_full, b_free, c_full, c_free,
@@ -303,22 +318,34 @@ def attend(
         b, h, n, r, o = decode(block + k * blocks)
         t0 = n * chunk
 
+        rows, every = pl.ds(t0 + r * 128, 128), pl.ds(t0, chunk)
+        halves = [pl.ds(t0 + r * 128 + w * ROWS, ROWS) for w in range(2)]
+        count, column = columns(r)
+
+        def put_keys(i, nb):
+          tokens = pl.ds(t0 + column(i) * TOKENS, TOKENS)
+          for part in range(key_parts):
+            place = pl.ds(part * tiles.keys, tiles.keys)
+            nb = put_key(b_ref.at[b, tokens, h, place], nb)
+          return nb
+
+        if ahead:
+          nb = put_keys(0, nb)
+
         @pl.when(k > 0)
         def _wait():
           plgpu.barrier_wait(a_free)
 
-        rows, every = pl.ds(t0 + r * 128, 128), pl.ds(t0, chunk)
-        halves = [pl.ds(t0 + r * 128 + w * ROWS, ROWS) for w in range(2)]
         for half in range(2):
           plgpu.copy_gmem_to_smem(
             a_ref.at[b, halves[half], h], a_smem.at[half], a_full
           )
         plgpu.copy_gmem_to_smem(border_ref.at[b, rows], border_smem, a_full)
-        vectors = [
-          (row_ref, row_smem, rows),
-          (past_ref, past_smem, rows),
-          (column_ref, column_smem, every),
-        ]
+        plgpu.copy_gmem_to_smem(row_ref.at[b, h, :, rows], row_smem, a_full)
+        plgpu.copy_gmem_to_smem(
+          column_ref.at[b, h, :, every], column_smem, a_full
+        )
+        vectors = [(past_ref, past_smem, rows)]
         if has_bias:
           vectors.append((bias_ref, bias_smem, rows if mode == "dq" else every))
         if mode == "h":
@@ -328,36 +355,42 @@ def attend(
           ]
         for source, target, tokens in vectors:
           plgpu.copy_gmem_to_smem(source.at[b, h, tokens], target, a_full)
-        if vector_dim:
-          place = pl.ds(0 if mode == "h" else o * tiles.outputs, vector_dim)
-          plgpu.copy_gmem_to_smem(
-            vector_ref.at[b, h, n, place], vector_smem, a_full
-          )
+        place = pl.ds(o * tiles.outputs if transposed else 0, vector_dim)
+        plgpu.copy_gmem_to_smem(
+          vector_ref.at[b, h, n, place], vector_smem, a_full
+        )
         for j in range(dim // 64):
           for part in range(parts):
             place = (pl.ds(j * 64, 64), output_columns(o, part))
             place = place[::-1] if transposed else place
             nc = put_value(state_ref.at[b, h, n, *place], nc, state_smem)
 
-        def tile(j, counts):
+        def tile(i, counts):
           nb, nc = counts
-          tokens = pl.ds(t0 + j * TOKENS, TOKENS)
-          for part in range(key_parts):
-            place = pl.ds(part * tiles.keys, tiles.keys)
-            nb = put_key(b_ref.at[b, tokens, h, place], nb)
+          if ahead:
+            nb = lax.cond(i + 1 < count, put_keys, lambda _, nb: nb, i + 1, nb)
+          else:
+            nb = put_keys(i, nb)
+          tokens = pl.ds(t0 + column(i) * TOKENS, TOKENS)
           for part in range(parts):
             place = output_columns(o, part)
             nc = put_value(c_ref.at[b, tokens, h, place], nc, c_smem)
           return nb, nc
 
-        nb, nc = lax.fori_loop(*columns(r), tile, (nb, nc))
-        if has_bias:
+        def partner(nc):
           for half in range(2):
             for part in range(parts):
               place = output_columns(o, part)
               nc = put_value(
                 partner_ref.at[b, halves[half], h, place], nc, c_smem
               )
+          return nc
+
+        if mode == "dk":
+          nc = partner(nc)
+        nb, nc = lax.fori_loop(0, count, tile, (nb, nc))
+        if mode == "dv":
+          nc = partner(nc)
         return nb, nc
 
       lax.fori_loop(0, mine, item, (jnp.int32(0), jnp.int32(0)))
@@ -377,7 +410,12 @@ def attend(
 
       def release(count, free, size):
         plgpu.barrier_arrive(free.at[lax.rem(count, size)])
-        return count + 1
+
+      def release_key(count):
+        release(count, b_free, tiles.key_buffers)
+
+      def release_value(count):
+        release(count, c_free, tiles.value_buffers)
 
       def scores(nb):
         """a b^T, and the count of key buffers after it."""
@@ -389,10 +427,11 @@ def attend(
             multiply(a_xa.at[:, place], b_smem.at[slot].transpose((1, 0)))
             if part:
               plgpu.wgmma_wait(1)
-              release(nb + part - 1, b_free, tiles.key_buffers)
+              release_key(nb + part - 1)
 
         s_xz = _accumulate(add, (ROWS, TOKENS), interpret)
-        return s_xz, release(nb + key_parts - 1, b_free, tiles.key_buffers)
+        release_key(nb + key_parts - 1)
+        return s_xz, nb + key_parts
 
       def partner_product(y, nc):
         """Every row of y times that of its partner."""
@@ -406,7 +445,8 @@ def attend(
               other = plgpu.load(c_smem.at[slot, :, place], layout=MATRIX)
               product = (y[part][:, place] * other.astype(F32)).sum(axis=1)
               dot_x = dot_x + weight * product
-            nc = release(nc, c_free, tiles.value_buffers)
+            release_value(nc)
+            nc = nc + 1
         return dot_x, nc
 
       def item(k, counts):
@@ -424,12 +464,13 @@ def attend(
           return plgpu.load(ref.at[pl.ds(start, width)], layout=COLUMN)
 
         plgpu.barrier_wait(a_full)
-        row_x, past_x = of_rows(row_smem), of_rows(past_smem)
+        row_x = [of_rows(row_smem.at[part]) for part in range(2)]
+        past_x = of_rows(past_smem)
         border_x = of_rows(border_smem)
         bias_x = of_rows(bias_smem) if mode == "dq" else None
 
         u_x = jnp.float32(0)
-        if mode == "h":
+        if has_sums:
           u_x = plgpu.layout_cast(jnp.zeros((ROWS,), F32), ROW)
           for j in range(dim // 64):
             place = pl.ds(j * 64, 64)
@@ -438,17 +479,22 @@ def attend(
             u_x = u_x + (part_xk * _over_rows(n_k, ROWS)).sum(axis=1)
           u_x = u_x * past_x
 
-        y = [
-          plgpu.layout_cast(jnp.zeros((ROWS, tiles.values), F32), MATRIX)
-        ] * parts
-        for j in range(dim // 64):
-          for part in range(parts):
-            slot = take_value(nc)
-            state = state_smem.at[slot]
+        def read_state(multiply):
+          for index in range(reads):
+            j, part = divmod(index, parts)
+            state = state_smem.at[take_value(nc + index)]
             state = state.transpose((1, 0)) if transposed else state
-            a_xj = a_xa.at[:, pl.ds(j * 64, 64)]
-            y[part] = _mma(y[part], a_xj, state, interpret)
-            nc = release(nc, c_free, tiles.value_buffers)
+            multiply(part, a_xa.at[:, pl.ds(j * 64, 64)], state)
+            if index:
+              plgpu.wgmma_wait(1)
+              release_value(nc + index - 1)
+
+        reads = dim // 64 * parts
+        zeros = jnp.zeros((ROWS, tiles.values), F32)
+        y = [plgpu.layout_cast(zeros, MATRIX)] * parts
+        y = _accumulate_onto(y, read_state, interpret)
+        release_value(nc + reads - 1)
+        nc = nc + reads
         for part in range(parts):
           if transposed:
             n_k = of_columns(vector_smem, part * tiles.values, tiles.values)
@@ -457,12 +503,21 @@ def attend(
               bias = bias * _over_columns(bias_x, tiles.values)
             y[part] = y[part] + bias
           y[part] = y[part] * _over_columns(past_x, tiles.values)
+        if mode == "dk":
+          u_ref.at[o, b, h, rows][...], nc = partner_product(y, nc)
 
-        def visit(j, carry, *, diagonal):
+        def visit(i, carry, *, diagonal):
           nb, nc, u_x, *y = carry
-          log_w = _over_columns(row_x, TOKENS) + _over_rows(
-            of_columns(column_smem, j * TOKENS), ROWS
-          )
+          j = column(i)
+          s_xz, nb = scores(nb)
+
+          def exponent(part):
+            column_z = of_columns(column_smem.at[part], j * TOKENS)
+            return _over_columns(row_x[part], TOKENS) + _over_rows(
+              column_z, ROWS
+            )
+
+          log_w = exponent(0) + exponent(1)
           z = _iota(1, interpret)
           border = _over_columns(border_x, TOKENS) - j * TOKENS
           visible = z <= border if reverse else z >= border
@@ -470,74 +525,90 @@ def attend(
             x = _iota(0, interpret)
             visible = visible & ((z >= x) if reverse else (z <= x))
           log_w = jnp.where(visible, log_w, -jnp.inf)
-
-          s_xz, nb = scores(nb)
           if mode == "dq":
             s_xz = s_xz + _over_columns(bias_x, TOKENS)
-          elif mode == "dk":
-            s_xz = s_xz + _over_rows(of_columns(bias_smem, j * TOKENS), ROWS)
-          w_xz = s_xz * jnp.exp2(log_w)
+
+          def bias_of_columns():
+            return _over_rows(of_columns(bias_smem, j * TOKENS), ROWS)
+
+          if mode == "dk":
+            s_xz = s_xz + bias_of_columns()
+          w_xz = s_xz * jnp.exp(log_w)
           if mode == "h":
             u_x = u_x + w_xz.sum(axis=1)
+          elif mode == "dv":
+            u_x = u_x + (w_xz * bias_of_columns()).sum(axis=1)
           w_xz = w_xz.astype(BF16)
-          for part in range(parts):
-            slot = take_value(nc)
-            y[part] = _mma(y[part], w_xz, c_smem.at[slot], interpret)
-            nc = release(nc, c_free, tiles.value_buffers)
-          return nb, nc, u_x, *y
+          if diagonal:
+            # The last use of what was loaded for the item as a whole.
+            if mode == "h":
+              edges.extend(of_rows(ref) for ref in (floor_smem, extra_smem))
+            plgpu.barrier_arrive(a_free)
+
+          def add_values(multiply):
+            for part in range(parts):
+              multiply(part, w_xz, c_smem.at[take_value(nc + part)])
+              if part:
+                plgpu.wgmma_wait(1)
+                release_value(nc + part - 1)
+
+          y = _accumulate_onto(y, add_values, interpret)
+          release_value(nc + parts - 1)
+          return nb, nc + parts, u_x, *y
 
         def skip(_, counts):
           nb, nc = counts
-          for _ in range(key_parts):
-            take(nb, b_full, tiles.key_buffers)
-            nb = release(nb, b_free, tiles.key_buffers)
-          for _ in range(parts):
-            take_value(nc)
-            nc = release(nc, c_free, tiles.value_buffers)
-          return nb, nc
+          for part in range(key_parts):
+            take(nb + part, b_full, tiles.key_buffers)
+            release_key(nb + part)
+          for part in range(parts):
+            take_value(nc + part)
+            release_value(nc + part)
+          return nb + key_parts, nc + parts
 
+        edges = []
+        count, column = columns(r)
+        own = count - 1 - worker if reverse else count - 2 + worker
         inner = functools.partial(visit, diagonal=False)
-        start, stop = columns(r)
-        own = 2 * r + worker
-        if reverse:
-          nb, nc = lax.fori_loop(start, own, skip, (nb, nc))
-          carry = visit(own, (nb, nc, u_x, *y), diagonal=True)
-          carry = lax.fori_loop(own + 1, stop, inner, carry)
-          nb, nc, u_x, *y = carry
-        else:
-          carry = lax.fori_loop(start, own, inner, (nb, nc, u_x, *y))
-          nb, nc, u_x, *y = visit(own, carry, diagonal=True)
-          nb, nc = lax.fori_loop(own + 1, stop, skip, (nb, nc))
+        carry = lax.fori_loop(0, own, inner, (nb, nc, u_x, *y))
+        nb, nc, u_x, *y = visit(own, carry, diagonal=True)
+        nb, nc = lax.fori_loop(own + 1, count, skip, (nb, nc))
         if mode == "h":
-          size_x = of_rows(floor_smem)
+          size_x, extra_x = edges
           if normalize:
             size_x = jnp.where(jnp.abs(u_x) > size_x, jnp.abs(u_x), size_x)
-            size_x = size_x + of_rows(extra_smem)
+            size_x = size_x + extra_x
           y = [x * _over_columns(1 / size_x, tiles.values) for x in y]
 
           @pl.when(o == 0)
           def _save():
             u_ref.at[b, h, rows][...] = u_x
 
-        plgpu.barrier_arrive(a_free)
+        if mode == "dv":
+          dot_x, nc = partner_product(y, nc)
+          u_ref.at[o, b, h, rows][...] = dot_x + u_x * (o == 0).astype(F32)
 
-        if has_bias:
-          u_ref.at[o, b, h, rows][...], nc = partner_product(y, nc)
+        stored = 0
+
+        def save(x, target_ref, start):
+          nonlocal stored
+          place = pl.ds(o * tiles.outputs + start, 64)
+          target_ref = target_ref.at[b, rows, h, place]
+          if not tiles.stages:
+            _write(target_ref, x)
+            return
+          buffer = y_smem.at[worker, stored % tiles.stages]
+          _store(buffer, x, target_ref, others=tiles.stages - 1)
+          stored += 1
 
         for part in range(parts):
-          result = y[part].astype(BF16)
-          if not tiles.stages:
-            _write(y_ref.at[b, rows, h, output_columns(o, part)], result)
-            continue
           for j in range(tiles.values // 64):
-            place = pl.ds(o * tiles.outputs + part * tiles.values + j * 64, 64)
-            index = part * (tiles.values // 64) + j
-            _store(
-              y_smem.at[worker, index % tiles.stages],
-              result[:, j * 64 : (j + 1) * 64],
-              y_ref.at[b, rows, h, place],
-              others=tiles.stages - 1,
-            )
+            exact = y[part][:, j * 64 : (j + 1) * 64]
+            rounded = exact.astype(BF16)
+            save(rounded, y_ref, part * tiles.values + j * 64)
+            if low:
+              rest = exact - rounded.astype(F32)
+              save(rest, low_ref, part * tiles.values + j * 64)
         return nb, nc
 
       lax.fori_loop(0, mine, item, (jnp.int32(0), jnp.int32(0)))
@@ -549,17 +620,19 @@ def attend(
     value_ring = plgpu.RefUnion(
       value_ring, _smem(tiles.value_buffers, tiles.values, 64)
     )
-  u_shape = {"h": row_BHT.shape, "dv": unused.shape}.get(
-    mode, (out_tiles, *row_BHT.shape)
-  )
-  bias_width = {"dq": 128, "dk": chunk}.get(mode, 16)
+  u_shape = (out_tiles, *past_BHT.shape)
+  if not has_partner:
+    u_shape = past_BHT.shape if mode == "h" else unused.shape
+  bias_width = {"h": 16, "dq": 128}.get(mode, chunk)
   edge_width = 128 if mode == "h" else 16
-  a_arrivals = 6 + has_bias + 2 * (mode == "h") + (vector_dim > 0)
-  y, u = plgpu.kernel(
+  a_arrivals = 7 + has_bias + 2 * (mode == "h")
+  y_type = jax.ShapeDtypeStruct((batch, time, heads, out_dim), BF16)
+  y, u, y_low = plgpu.kernel(
     body,
     out_type=(
-      jax.ShapeDtypeStruct((batch, time, heads, out_dim), BF16),
+      y_type,
       jax.ShapeDtypeStruct(u_shape, F32),
+      y_type if low else jax.ShapeDtypeStruct((16,), BF16),
     ),
     grid=(blocks,),
     grid_names=("block",),
@@ -572,9 +645,9 @@ def attend(
       _smem(2, tiles.stages, ROWS, 64)
       if tiles.stages
       else plgpu.SMEM((16,), F32),
-      plgpu.SMEM((vector_dim or 16,), F32),
-      plgpu.SMEM((128,), F32),
-      plgpu.SMEM((chunk,), F32),
+      plgpu.SMEM((vector_dim,), F32),
+      plgpu.SMEM((2, 128), F32),
+      plgpu.SMEM((2, chunk), F32),
       plgpu.SMEM((128,), F32),
       plgpu.SMEM((128,), jnp.int32),
       plgpu.SMEM((bias_width,), F32),
@@ -595,8 +668,8 @@ def attend(
     c_BTHO,
     state_BHN,
     vector_BHNK,
-    row_BHT,
-    column_BHT,
+    row_BH2T,
+    column_BH2T,
     past_BHT,
     border_BT,
     *(
@@ -604,7 +677,7 @@ def attend(
       for x in (bias_BHT, floor_BHT, extra_BHT, partner_BTHO)
     ),
   )
-  return y, (jnp.sum(u, axis=0) if has_bias else u)
+  return y, (jnp.sum(u, axis=0) if has_partner else u), y_low if low else None
 
 
 def _part(dim: int) -> int:
@@ -636,18 +709,6 @@ def _iota(axis, interpret):
   return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
 
 
-def _mma(y, a, b_ref, interpret):
-  """y + a b, with a in registers or in shared memory.
-
-  Interpret mode knows no product into a given accumulator.
-  """
-  if interpret:
-    return y + _multiply(a, b_ref)
-  return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b_ref))(
-    plgpu.WGMMAAccumulatorRef.init(y)
-  )
-
-
 def _accumulate(add, shape, interpret):
   """The sum of all products that `add` makes with the function it is given."""
   if interpret:
@@ -662,7 +723,28 @@ def _accumulate(add, shape, interpret):
   return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, F32))
 
 
-def _accumulate_onto(y, x, add, interpret):
+def _accumulate_onto(ys, add, interpret) -> list[Any]:
+  """Each y plus all products that `add` makes for its index.
+
+  Interpret mode knows no product into a given accumulator.
+  """
+  if interpret:
+    sums = list(ys)
+
+    def multiply(index, a, b_ref):
+      sums[index] = sums[index] + _multiply(a, b_ref)
+
+    add(multiply)
+    return sums
+
+  def run(refs):
+    add(lambda index, a, b_ref: plgpu.wgmma(refs[index], a, b_ref))
+
+  accumulators = tuple(plgpu.WGMMAAccumulatorRef.init(y) for y in ys)
+  return list(pl.run_state(run)(accumulators))
+
+
+def _accumulate_with(y, x, add, interpret) -> Any:
   """y plus all products that `add` makes, and what `add` makes of x."""
   if interpret:
     products = [y]
