@@ -65,3 +65,27 @@ def test_too_few_devices_are_told():
 def test_a_row_that_failed_says_why():
   text = BENCH["line"](row("none"), {"failed": "out of memory"})
   assert text.endswith("out of memory")
+
+
+@pytest.mark.parametrize(
+  ("kernel", "kind"),
+  [
+    ("body_mosaic_gpu_kernel", "mLSTM kernels"),
+    ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "collectives"),
+    ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNT", "matrix products"),
+    ("input_reduce_fusion_3", "reductions"),
+    ("loop_convert_fusion_12", "elementwise"),
+    ("MemcpyD2D", "copies"),
+    ("something", "other"),
+  ],
+)
+def test_kinds_of_kernels(kernel, kind):
+  assert BENCH["kind"](kernel) == kind
+
+
+def test_a_profile_without_a_gpu_is_refused():
+  asked = BENCH["Row"](
+    "165M", 32, "auto", "data=1", batch=2, remat="matmuls", profile=True
+  )
+  with pytest.raises(UserError, match="--profile needs a GPU"):
+    BENCH["bench"](asked, SMALL)
