@@ -208,6 +208,24 @@ def test_a_truncated_file_is_named(
     shards.open_split(large, "train")
 
 
+@pytest.mark.parametrize(
+  ("suffix", "read"),
+  [
+    (".tokens", lambda split: split.read(0, split.tokens + 1)),
+    (".index", shards.Split.document_lengths),
+    (".index", lambda split: split.document(split.documents - 1)),
+  ],
+)
+def test_a_file_that_shrinks_after_opening_is_named(
+  large: Path, suffix: str, read: Callable[[shards.Split], object]
+):
+  split = shards.open_split(large, "train", verify="opening")
+  path = large / f"train-00001{suffix}"
+  os.truncate(path, path.stat().st_size // 2)
+  with pytest.raises(UserError, match=rf"train-00001\{suffix} ends at byte"):
+    read(split)
+
+
 @pytest.mark.parametrize("suffix", [".tokens", ".index"])
 def test_a_grown_file_is_named(large: Path, suffix: str):
   with (large / f"train-00001{suffix}").open("ab") as file:
@@ -349,10 +367,10 @@ def test_ends_of_text_must_stand_where_the_index_says(
     shards.open_split(directory, "train")
 
 
-def test_more_shards_than_may_be_mapped_at_once(
+def test_more_shards_than_may_be_open_at_once(
   make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
 ):
-  monkeypatch.setattr(shards, "_MAPPED_FILES", 2)
+  monkeypatch.setattr(shards, "_OPEN_FILES", 2)
   documents = [(bytes([i]) * 9, i % 2) for i in range(40)]
   split = shards.open_split(
     make_dataset(documents, shard_entries=10), "train", verify="first_use"

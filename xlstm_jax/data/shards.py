@@ -10,10 +10,11 @@ import functools
 import itertools
 import os
 import stat
+import weakref
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 
@@ -25,8 +26,8 @@ Verify = Literal["auto", "opening", "first_use"]
 # Below this many bytes of tokens "auto" checks every block at opening: a few
 # seconds, against a surprise in the middle of a run.
 VERIFY_AT_OPENING_BYTES = 4 * 2**30
-# Every mapped file holds a file descriptor; the usual limit is 1024.
-_MAPPED_FILES = 256
+# Of open files; the usual limit is 1024.
+_OPEN_FILES = 256
 _ROWS_PER_CHECK = 2**20
 
 
@@ -41,8 +42,54 @@ class Document(NamedTuple):
   bytes: int
 
 
-class _Mapped:
-  """The mapped files of one shard, with the record of what was checked."""
+class _Column:
+  """Values of one type in a row in a file, read when they are asked for.
+
+  Not a memory map: a file that fails or shrinks under a map ends the process
+  by SIGBUS, and nobody learns which one it was.
+  """
+
+  def __init__(self, path: Path, dtype: np.dtype, offset: int, count: int):
+    self.path, self.dtype, self.offset, self.count = path, dtype, offset, count
+    try:
+      self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+      raise UserError(f"Cannot open {path}: {error}.") from error
+    weakref.finalize(self, os.close, self._descriptor)
+
+  def __len__(self) -> int:
+    return self.count
+
+  @overload
+  def __getitem__(self, place: int) -> Any: ...
+  @overload
+  def __getitem__(self, place: slice) -> np.ndarray: ...
+  def __getitem__(self, place: int | slice):
+    if not isinstance(place, slice):
+      return self[place : place + 1][0]
+    start, stop, _ = place.indices(self.count)
+    return np.frombuffer(self._bytes(start, max(stop, start)), self.dtype)
+
+  def _bytes(self, start: int, stop: int) -> bytes:
+    size = self.dtype.itemsize
+    at, end = self.offset + start * size, self.offset + stop * size
+    parts = []
+    while at < end:  # a read may return less, at most 2 GiB
+      try:
+        parts.append(os.pread(self._descriptor, end - at, at))
+      except OSError as error:
+        raise UserError(f"Cannot read {self.path}: {error}.") from error
+      if not parts[-1]:
+        raise UserError(
+          f"{self.path} ends at byte {at} and was longer when it was opened; "
+          "restore the file or prepare the data again."
+        )
+      at += len(parts[-1])
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class _ShardFiles:
+  """The files of one shard, with the record of what was checked."""
 
   def __init__(self, directory: Path, shard: files.Shard, dtype: np.dtype):
     self.shard = shard
@@ -59,20 +106,20 @@ class _Mapped:
     _check_file(self.tokens_path, self.entries * self.dtype.itemsize)
     _check_file(self.index_path, files.index_bytes(self.shard, self.dtype))
 
-  def map_tokens(self) -> np.ndarray:
-    return _map(self.tokens_path, self.dtype, 0, self.entries)
+  def open_tokens(self) -> _Column:
+    return _Column(self.tokens_path, self.dtype, 0, self.entries)
 
-  def map_documents(self) -> np.ndarray:
-    return _map(
+  def open_documents(self) -> _Column:
+    return _Column(
       self.index_path,
       files.DOCUMENT,
       files.HEADER_BYTES,
       self.shard.documents,
     )
 
-  def map_checksums(self) -> np.ndarray:
+  def open_checksums(self) -> _Column:
     start = files.HEADER_BYTES + files.DOCUMENT.itemsize * self.shard.documents
-    return _map(self.index_path, np.dtype("<u4"), start, self.blocks)
+    return _Column(self.index_path, np.dtype("<u4"), start, self.blocks)
 
 
 class Split:
@@ -95,20 +142,20 @@ class Split:
     self.documents = split.total.documents
     self.tokens = split.total.tokens
     self.bytes = split.total.bytes
-    self._shards = [_Mapped(directory, s, self.dtype) for s in split.shards]
+    self._shards = [_ShardFiles(directory, s, self.dtype) for s in split.shards]
     # Stream offset of each shard's leading E, which is also the last entry of
     # the shard before; and the number of its first document.
     self._starts = _cumulative(s.tokens for s in split.shards)
     self._first_documents = _cumulative(s.documents for s in split.shards)
-    cache = functools.lru_cache(maxsize=_MAPPED_FILES)
-    self._tokens_of = cache(lambda i: self._shards[i].map_tokens())
-    self._documents_of = cache(lambda i: self._shards[i].map_documents())
+    cache = functools.lru_cache(maxsize=_OPEN_FILES)
+    self._tokens_of = cache(lambda i: self._shards[i].open_tokens())
+    self._documents_of = cache(lambda i: self._shards[i].open_documents())
 
   def read(self, start: int, stop: int) -> np.ndarray:
     """Entries [start, stop) of the stream, 0 <= start <= stop <= tokens + 1.
 
-    Within one shard this is a view of the mapped file. Raises UserError where
-    a block that is used for the first time was altered.
+    Raises UserError where a file cannot be read, or a block that is used for
+    the first time was altered.
     """
     if not 0 <= start <= stop <= self.tokens + 1:
       raise IndexError(f"[{start}, {stop}) of {self.tokens + 1} entries")
@@ -171,8 +218,8 @@ class Split:
   def _shard_sources(self, index: int, start: int, stop: int) -> np.ndarray:
     table = self._documents_of(index)
     # Input position p belongs to the document with start - 1 <= p.
-    first = _find(table["start"], start + 1)
-    last = _find(table["start"], stop) + 1
+    first = _find(table, start + 1, key=_start)
+    last = _find(table, stop, key=_start) + 1
     rows = table[first:last]
     edges = np.append(rows["start"].astype(np.int64) - 1, stop)
     edges[0] = start
@@ -190,8 +237,9 @@ class Split:
 
   def document_lengths(self) -> np.ndarray:
     """Tokens of every document without its end, uint32 in stream order."""
-    tables = [self._documents_of(i)["length"] for i in range(len(self._shards))]
-    return np.concatenate([np.empty(0, np.uint32), *tables])
+    tables = map(self._documents_of, range(len(self._shards)))
+    lengths = [table[:]["length"] for table in tables]
+    return np.concatenate([np.empty(0, np.uint32), *lengths])
 
   def chunks(self, positions: int = 2**20) -> Iterator[tuple[int, np.ndarray]]:
     """The stream in pieces of at most `positions` inputs, for counting n-grams.
@@ -215,7 +263,7 @@ class Split:
     todo = np.flatnonzero(~shard.checked[low:high]) + low
     if not len(todo):
       return
-    expected = shard.map_checksums()
+    expected = shard.open_checksums()[:]
     for block in todo.tolist():
       part = tokens[block * shard.per_block : (block + 1) * shard.per_block]
       if zlib.crc32(part) != expected[block]:
@@ -242,17 +290,17 @@ class Split:
     shard = self._shards[index]
     tokens = self._tokens_of(index)
     table = self._documents_of(index)
-    ends = 0
-    for start in range(0, shard.entries, _ROWS_PER_CHECK):
-      part = tokens[start : start + _ROWS_PER_CHECK]
-      ends += int(np.count_nonzero(part == self.end_of_text))
-    borders = all(
-      (
-        tokens[table["start"][i : i + _ROWS_PER_CHECK] - 1] == self.end_of_text
-      ).all()
-      for i in range(0, len(table), _ROWS_PER_CHECK)
-    )
-    if ends != shard.shard.documents + 1 or not borders:
+    documents = shard.shard.documents
+    found, right = 0, True
+    for first in range(0, shard.entries, _ROWS_PER_CHECK):
+      part = tokens[first : first + _ROWS_PER_CHECK]
+      ends = np.flatnonzero(part == self.end_of_text) + first
+      # One stands before every document, and one at the end of all.
+      rows = table[found : min(found + len(ends), documents)]
+      expected = rows["start"].astype(np.int64) - 1
+      right = right and bool((ends[: len(rows)] == expected).all())
+      found += len(ends)
+    if found != documents + 1 or not right:
       raise UserError(
         f"{shard.tokens_path}: its end-of-text tokens do not stand where its "
         "index says; prepare the data again."
@@ -355,15 +403,18 @@ def _check_file(path: Path, size: int) -> None:
 
 
 def _check_index(
-  shard: _Mapped,
+  shard: _ShardFiles,
   tokenizer: files.TokenizerSpec,
   counts: list[files.Counts],
 ) -> None:
   """Checks a shard's index and adds what it lists to `counts` per source."""
   path = shard.index_path
   size = files.index_bytes(shard.shard, shard.dtype)
-  content = _map(path, np.dtype(np.uint8), 0, size)
-  if zlib.crc32(content) != shard.shard.index_crc32:
+  content = _Column(path, np.dtype(np.uint8), 0, size)
+  crc32 = 0
+  for first in range(0, size, _ROWS_PER_CHECK):
+    crc32 = zlib.crc32(content[first : first + _ROWS_PER_CHECK], crc32)
+  if crc32 != shard.shard.index_crc32:
     raise UserError(
       f"{path} was altered: it does not have the checksum in the manifest; "
       "restore the file or prepare the data again."
@@ -371,7 +422,7 @@ def _check_index(
   header = files.index_header(shard.shard, tokenizer)
   if content[: files.HEADER_BYTES].tobytes() != header:
     raise UserError(f"{path} does not belong to its manifest (wrong header).")
-  table = shard.map_documents()
+  table = shard.open_documents()
   expected_start = 1
   for first in range(0, len(table), _ROWS_PER_CHECK):
     rows = table[first : first + _ROWS_PER_CHECK]
@@ -394,23 +445,14 @@ def _add_counts(rows: np.ndarray, counts: list[files.Counts]) -> None:
     counts[source] += files.Counts(len(chosen), tokens, size)
 
 
-def _map(path: Path, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
-  try:
-    mapped = np.memmap(path, dtype, mode="r", offset=offset, shape=(count,))
-  except (OSError, ValueError) as error:
-    raise UserError(f"Cannot map {path}: {error}.") from error
-  # A plain array: slicing the memmap subclass costs microseconds.
-  return mapped.view(np.ndarray)
+def _start(row: np.void) -> int:
+  return int(row["start"])
 
 
 def _cumulative(sizes: Iterable[int]) -> list[int]:
   return list(itertools.accumulate(sizes, initial=0))
 
 
-def _find(starts: Sequence[int] | np.ndarray, position: int) -> int:
-  """Index of the last start that is <= position.
-
-  Bisection touches a few pages of a mapped column; np.searchsorted would copy
-  all of it.
-  """
-  return bisect.bisect_right(starts, position) - 1
+def _find(starts, position: int, key: Callable | None = None) -> int:
+  """Index of the last start that is <= position; reads few of a column."""
+  return bisect.bisect_right(starts, position, key=key) - 1
