@@ -150,19 +150,19 @@ class SlowEvent:
 def test_the_grace_is_seconds_however_slow_the_machine_is(
   grace, early, expected, monkeypatch, capsys
 ):
-  class Ended(Exception):  # noqa: N818
+  class EndedError(Exception):
     pass
 
   def ended(status):
     assert status == Status.PREEMPTED
-    raise Ended
+    raise EndedError
 
   event = SlowEvent(monkeypatch)
   monkeypatch.setattr(interrupt.os, "_exit", ended)
   stopped = Interrupt()
   stopped.grace, stopped.early = grace, early
   monkeypatch.setattr(stopped, "_over", event)
-  with pytest.raises(Ended):
+  with pytest.raises(EndedError):
     stopped._limit(1000.0)
   assert event.now == 1000 + expected
   assert f"{expected} s after the signal" in capsys.readouterr().out

@@ -318,7 +318,7 @@ def test_a_workdir_that_another_run_writes_is_refused(cfg, tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == [lock.FILE]
 
 
-class Opened(Exception):  # noqa: N818
+class OpenedError(Exception):
   """Stands for what a folder of checkpoints that does not answer does."""
 
 
@@ -346,7 +346,7 @@ def test_the_guards_have_their_limits_before_anything_can_hang(
       return "nobody"
 
   def opened(*_):
-    raise Opened
+    raise OpenedError
 
   monkeypatch.setattr(loop, "Watchdog", Watchdog)
   monkeypatch.setattr(loop, "Peers", Peers)
@@ -362,7 +362,7 @@ def test_the_guards_have_their_limits_before_anything_can_hang(
     grace_seconds=6.0,
   )
   stopped = Interrupt()
-  with pytest.raises(Opened):
+  with pytest.raises(OpenedError):
     loop.train(dataclasses.replace(cfg, limits=limits), tmp_path, stopped)
   assert guards["seconds"] == {
     accounting.START: 1.0,
