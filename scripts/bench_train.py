@@ -10,7 +10,9 @@ float32 parameters and AdamW, on random tokens. Rows are models x contexts x
 backends x meshes; each runs in a process of its own, and one that cannot run
 says why. --mesh=none is a plain `jax.jit` of the step without any sharding;
 a mesh uses as many devices as its sizes multiply to, and --batch is the rows of
-each of its data and fsdp shares.
+each of its data and fsdp shares. --unrolled compiles every block
+(compute.scan=False), which takes longer and saves copies of what is kept for
+the backward pass.
 
 Times are medians over rounds. Two utilisations, of the chips' bf16 peak:
 "6N" counts 6 FLOPs per parameter and token (embeddings too), as the published
@@ -92,6 +94,7 @@ class Row:
   mesh: str
   batch: int
   remat: Literal["none", "matmuls", "block"]
+  unrolled: bool = False
   profile: bool = False
 
   @property
@@ -131,7 +134,9 @@ def run_config(row: Row, model: ModelConfig) -> RunConfig:
     model=model,
     data=DataConfig(context=row.context),
     mesh=mesh,
-    compute=Compute(mlstm_backend=row.backend, remat=row.remat),
+    compute=Compute(
+      mlstm_backend=row.backend, remat=row.remat, scan=not row.unrolled
+    ),
     batch_size=row.batch * mesh.data * mesh.fsdp,
   )
 
@@ -255,11 +260,10 @@ def kind(kernel: str) -> str:
 def in_process(row: Row) -> dict[str, Any]:
   """`bench` in a process of its own, or why it did not finish."""
   given = [
-    f"--{name}={value}"
+    f"--{name}" if value is True else f"--{name}={value}"
     for name, value in vars(row).items()
-    if name != "profile"
+    if value is not False
   ]
-  given += ["--profile"] * row.profile
   try:
     done = subprocess.run(
       [sys.executable, __file__, *given, "--here"],
@@ -309,12 +313,19 @@ def main(argv: list[str] | None = None) -> None:
   add("--mesh", action="append", help="such as data=2,fsdp=4, or none")
   add("--batch", type=int, default=8, help="rows per share of the mesh")
   add("--remat", default="matmuls", choices=("none", "matmuls", "block"))
+  add("--unrolled", action="store_true", help="compile block by block")
   add("--profile", action="store_true", help="also where the time goes")
   add("--json", type=pathlib.Path, help="where results go")
   add("--here", action="store_true", help="one row, here, as JSON")
   args = parser.parse_args(argv)
   rows = [
-    Row(*each, batch=args.batch, remat=args.remat, profile=args.profile)
+    Row(
+      *each,
+      batch=args.batch,
+      remat=args.remat,
+      unrolled=args.unrolled,
+      profile=args.profile,
+    )
     for each in itertools.product(
       args.model or MODELS,
       args.context or (2048, 8192),

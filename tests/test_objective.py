@@ -15,10 +15,6 @@ from xlstm_jax.sharding import MeshConfig
 B, D, Z = 4, 8, 96
 
 
-def head(weight_ZD, x_BTD):
-  return 30 * jnp.tanh(x_BTD @ weight_ZD.T / 30)
-
-
 def example(T, key=0):
   keys = jax.random.split(jax.random.key(key), 4)
   weight_ZD = jax.random.normal(keys[0], (Z, D))
@@ -28,44 +24,72 @@ def example(T, key=0):
   return weight_ZD, x_BTD, targets_BT, weights_BT
 
 
-def loss(weight_ZD, x_BTD, targets_BT, weights_BT, *, chunk):
-  return objective.cross_entropy(
-    head,
-    weight_ZD,
-    x_BTD,
-    targets_BT,
-    weights_BT,
-    chunk=chunk,
-  )
+def loss(*args, chunk, cap=30.0):
+  return objective.cross_entropy(*args, chunk=chunk, cap=cap)
 
 
-def plain(weight_ZD, x_BTD, targets_BT, weights_BT):
-  logits_BTZ = head(weight_ZD, x_BTD)
+def plain(weight_ZD, x_BTD, targets_BT, weights_BT, cap=30.0):
+  logits_BTZ = x_BTD @ weight_ZD.T
+  if cap is not None:
+    logits_BTZ = cap * jnp.tanh(logits_BTZ / cap)
   logp_BTZ = jax.nn.log_softmax(logits_BTZ)
   logp_BT = jnp.take_along_axis(logp_BTZ, targets_BT[..., None], -1)[..., 0]
   return -(logp_BT * weights_BT).sum(), weights_BT.sum()
 
 
-@pytest.mark.parametrize(("T", "chunk"), [(1, 4), (12, 4), (13, 4), (7, 1)])
-def test_chunks_change_nothing(T, chunk):
+@pytest.mark.parametrize(
+  ("T", "chunk", "cap"),
+  [
+    *((T, chunk, 30.0) for T, chunk in ((1, 4), (12, 4), (13, 4), (7, 1))),
+    *((13, 4, cap) for cap in (None, 3.0, 40.0, 41.0, 500.0)),
+  ],
+)
+def test_chunks_change_nothing(T, chunk, cap):
   args = example(T)
-  want, want_grads = jax.jit(jax.value_and_grad(plain, (0, 1), has_aux=True))(
-    *args
-  )
-  got, grads = jax.jit(
-    jax.value_and_grad(
-      functools.partial(loss, chunk=chunk), (0, 1), has_aux=True
-    )
-  )(*args)
+  want, want_grads = value_and_grad(plain, cap=cap)(*args)
+  got, grads = value_and_grad(loss, chunk=chunk, cap=cap)(*args)
   np.testing.assert_allclose(got, want, rtol=2e-6)
   for a, b in zip(grads, want_grads, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+def value_and_grad(function, **options):
+  function = functools.partial(function, **options)
+  return jax.jit(jax.value_and_grad(function, (0, 1), has_aux=True))
+
+
+@pytest.mark.parametrize("cap", [None, 40.0, 1000.0])
+def test_logits_of_any_size_are_exact(cap):
+  """All at -cap but one, or far beyond what exp can hold."""
+  weight_ZD = jnp.full((Z, 1), -1.0).at[0].set(1.0)
+  x_BTD = jnp.array([1e3, 1.0, 0.0])[None, :, None]
+  targets_BT = jnp.array([[1, 1, 1]])
+  args = (weight_ZD, x_BTD, targets_BT, jnp.ones((1, 3)))
+  got, grads = value_and_grad(loss, chunk=2, cap=cap)(*args)
+  with jax.enable_x64():
+    wide = [np.asarray(x, np.float64) for x in args[:2]]
+    want, want_grads = value_and_grad(plain, cap=cap)(*wide, *args[2:])
+  np.testing.assert_allclose(got, want, rtol=2e-6)
+  for a, b in zip(grads, want_grads, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cotangent_scales_the_gradient():
+  weight_ZD, *args = example(13)
+
+  def mean(weight_ZD):
+    total, count = loss(weight_ZD, *args, chunk=4)
+    return total / count
+
+  count = args[-1].sum()
+  _, (grad, _) = value_and_grad(loss, chunk=4)(weight_ZD, *args)
+  np.testing.assert_allclose(jax.grad(mean)(weight_ZD), grad / count, rtol=1e-6)
+
+
 def test_token_losses_are_the_terms_of_the_sum():
   weight_ZD, x_BTD, targets_BT, weights_BT = example(13)
   losses_BT = objective.token_losses(
-    head, weight_ZD, x_BTD, targets_BT, chunk=4
+    weight_ZD, x_BTD, targets_BT, chunk=4, cap=30.0
   )
   total, count = loss(weight_ZD, x_BTD, targets_BT, weights_BT, chunk=4)
   np.testing.assert_allclose((losses_BT * weights_BT).sum(), total, rtol=1e-6)
@@ -166,19 +190,12 @@ def test_the_gradient_of_a_rounded_weight_is_summed_in_float32():
   Z, D, T = 4, 2, 65
   weight_ZD = jnp.zeros((Z, D), jnp.bfloat16)
   x_BTD = jnp.ones((1, T, D), jnp.bfloat16) * 2**-9
-  # The last chunk is the first of the backward pass.
-  x_BTD = x_BTD.at[0, -1].set(1.0)
+  # The large one comes first.
+  x_BTD = x_BTD.at[0, 0].set(1.0)
   targets_BT = jnp.zeros((1, T), jnp.int32)
 
-  def attend(weight_ZD, x_BLD):
-    return (x_BLD @ weight_ZD.T).astype(jnp.float32)
-
-  grad = jax.jit(
-    jax.grad(
-      lambda w: objective.token_losses(
-        attend, w, x_BTD, targets_BT, chunk=1
-      ).sum()
-    )
-  )(weight_ZD)
+  _, (grad, _) = value_and_grad(loss, chunk=1, cap=None)(
+    weight_ZD, x_BTD, targets_BT, jnp.ones((1, T))
+  )
   want = -0.75 * (1 + 64 * 2**-9)
   np.testing.assert_allclose(grad[0].astype(jnp.float32), want, rtol=2**-8)

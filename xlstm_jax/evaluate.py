@@ -302,11 +302,11 @@ def _losses(definition, params, batch, state, *, loss_chunk, carry):
   lm = definition.bind(params)
   x_BTD, state = lm(batch["inputs"], segments_BT=batch["segments"], state=state)
   loss_BT = token_losses(
-    lm.logits_of,
     lm.vocabulary_weight(),
     x_BTD,
     batch["targets"],
     chunk=loss_chunk,
+    cap=lm.cfg.logit_cap,
   )
   loss_BT = sharding.constrain(loss_BT, None, None)
   return loss_BT, _by_rows(state) if carry else None

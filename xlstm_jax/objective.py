@@ -2,109 +2,218 @@
 
 The logits of a whole batch are the largest array of a training step (8192
 tokens x 50304 entries are 1.6 GB in fp32). Here those of one chunk exist at a
-time, forward and backward, and every device has the weight of its part of the
-vocabulary whole: it is gathered once and its gradient summed over the devices
-once, not for every chunk.
+time, on every device those of its part of the vocabulary. The gradient is made
+beside the loss, from the same logits: the loss is a sum, so that its cotangent
+only scales it, and no logits are computed twice.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from xlstm_jax.sharding import on_mesh, vocabulary_axis
+from xlstm_jax.cells.precision import accumulator, product
+from xlstm_jax.layers.embedding import attend
+from xlstm_jax.layers.linear import soft_cap
+from xlstm_jax.sharding import on_mesh, split_over
 
-# Logits [B, L, Z] of the weight [Z, D] and of vectors [B, L, D].
-Head = Callable[[jax.Array, jax.Array], jax.Array]
+# exp(-2 cap) is a normal number in float32.
+LARGEST_CAP = 40.0
+ROWS = ("batch", "time")
+VECTORS = ("batch", "time", None)
+WEIGHT = ("vocabulary", None)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy(
-  head: Head,
   weight_ZD: Float[Array, "Z D"],
   x_BTD: Float[Array, "B T D"],
   targets_BT: Int[Array, "B T"],
   weights_BT: Float[Array, "B T"],
-  *,
   chunk: int,
+  cap: float | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
   """The weighted sum of the losses in nats, and the sum of the weights.
 
+  It can be differentiated once, with respect to `weight_ZD` and `x_BTD`.
+
   Args:
-    head: the logits of any rows of `weight_ZD`, which it may round as it reads
-      them: their gradient is summed over the chunks in at least fp32.
-    weight_ZD: of the vocabulary projection.
-    x_BTD: what `head` reads.
+    weight_ZD: of the vocabulary projection. Its gradient is summed over the
+      chunks in at least fp32.
+    x_BTD: what it projects.
     targets_BT: ids below Z; where the weight is 0 any id will do.
     weights_BT: 0 where the target does not count, else 1.
     chunk: positions of every row whose logits exist at a time on a device.
+    cap: the logits' soft cap; None for none.
   """
-  loss_BT = token_losses(head, weight_ZD, x_BTD, targets_BT, chunk=chunk)
-  # where: an infinite loss at a position that does not count stays out.
-  loss_BT = jnp.where(weights_BT > 0, loss_BT * weights_BT, 0)
-  return loss_BT.sum(), weights_BT.sum()
+  loss_BT = token_losses(weight_ZD, x_BTD, targets_BT, chunk=chunk, cap=cap)
+  return _counted(loss_BT, weights_BT).sum(), weights_BT.sum()
 
 
 def token_losses(
-  head: Head,
   weight_ZD: Float[Array, "Z D"],
   x_BTD: Float[Array, "B T D"],
   targets_BT: Int[Array, "B T"],
   *,
   chunk: int,
+  cap: float | None = None,
 ) -> Float[Array, "B T"]:
-  """The loss of every target in nats; arguments as in `cross_entropy`."""
-  axis_name = vocabulary_axis(weight_ZD.shape[0])
-  dtype = weight_ZD.dtype
+  """The loss of every target in nats; arguments as in `cross_entropy`.
+
+  To be differentiated is the part of `cross_entropy`: here the logits of all
+  chunks would be kept.
+  """
+  vocabulary = split_over("vocabulary", weight_ZD.shape[0])
 
   def losses(weight_ZD, x_BTD, targets_BT):
-    weight_ZD = weight_ZD.astype(jnp.promote_types(dtype, jnp.float32))
+    def of_chunk(xs):
+      x_BLD, targets_BL = xs
+      scores_BLZ = attend(weight_ZD, x_BLD)
+      one_hot_BLZ = _one_hot(targets_BL, len(weight_ZD), vocabulary)
+      log_sum_BL = _log_sum(scores_BLZ, cap, vocabulary)
+      return log_sum_BL - _target(scores_BLZ, one_hot_BLZ, cap, vocabulary)
 
-    @jax.checkpoint
-    def of_chunk(x_BLD, targets_BL):
-      logits_BLZ = head(weight_ZD.astype(dtype), x_BLD)
-      return _losses(logits_BLZ, targets_BL, axis_name)
-
-    T = targets_BT.shape[1]
-    chunks = -(-T // chunk)
-    if chunks <= 1:
-      return of_chunk(x_BTD, targets_BT)
-    split = (_split(x_BTD, chunks), _split(targets_BT, chunks))
-    loss_NBL = jax.lax.map(lambda xs: of_chunk(*xs), split)
-    return jnp.moveaxis(loss_NBL, 0, 1).reshape(x_BTD.shape[0], -1)[:, :T]
+    loss_NBL = jax.lax.map(of_chunk, _split((x_BTD, targets_BT), chunk))
+    return _joined(loss_NBL, targets_BT.shape[1])
 
   return on_mesh(
     losses,
     weight_ZD,
     x_BTD,
     targets_BT,
-    axes=(("vocabulary", None), ("batch", "time", None), ("batch", "time")),
-    out_axes=("batch", "time"),
+    axes=(WEIGHT, VECTORS, ROWS),
+    out_axes=ROWS,
   )
 
 
-def _losses(
-  logits_BLZ: jax.Array, targets_BL: jax.Array, axis_name: str | None
+def _forward(weight_ZD, x_BTD, targets_BT, weights_BT, chunk, cap):
+  vocabulary = split_over("vocabulary", weight_ZD.shape[0])
+  batch = split_over("batch", x_BTD.shape[0])
+  shares = batch + split_over("time", x_BTD.shape[1])
+
+  def sums(weight_ZD, x_BTD, targets_BT, weights_BT):
+    dtype = weight_ZD.dtype
+
+    def of_chunk(dweight_ZD, xs):
+      x_BLD, targets_BL, weights_BL = xs
+      scores_BLZ = attend(weight_ZD, x_BLD)
+      one_hot_BLZ = _one_hot(targets_BL, len(weight_ZD), vocabulary)
+      log_sum_BL = _log_sum(scores_BLZ, cap, vocabulary)
+      # Behind the barrier the compiler caps the scores again as it reads them,
+      # in place of writing and reading what it has capped.
+      scores_BLZ = jax.lax.optimization_barrier(scores_BLZ)
+      target_BL = _target(scores_BLZ, one_hot_BLZ, cap, vocabulary)
+      logits_BLZ, uncap = jax.vjp(partial(soft_cap, cap=cap), scores_BLZ)
+      dlogits_BLZ = _counted(
+        jnp.exp(logits_BLZ - log_sum_BL[..., None]) - one_hot_BLZ,
+        weights_BL[..., None],
+      )
+      (dscores_BLZ,) = uncap(dlogits_BLZ.astype(logits_BLZ.dtype))
+      dx_BLD = product("BLZ,ZD->BLD", dscores_BLZ, weight_ZD, dtype)
+      dweight_ZD += product("BLZ,BLD->ZD", dscores_BLZ, x_BLD, dtype)
+      loss = _counted(log_sum_BL - target_BL, weights_BL).sum()
+      return dweight_ZD, (loss, dx_BLD.astype(x_BLD.dtype))
+
+    dweight_ZD, (loss_N, dx_NBLD) = jax.lax.scan(
+      of_chunk,
+      jnp.zeros(weight_ZD.shape, accumulator(dtype)),
+      _split((x_BTD, targets_BT, weights_BT), chunk),
+    )
+    loss, count = loss_N.sum(), weights_BT.sum()
+    dweight_ZD = dweight_ZD.astype(dtype)
+    dx_BTD = _joined(dx_NBLD, x_BTD.shape[1])
+    if shares:
+      loss, count, dweight_ZD = jax.lax.psum((loss, count, dweight_ZD), shares)
+    if vocabulary:
+      dx_BTD = jax.lax.psum(dx_BTD, vocabulary)
+    return loss, count, dweight_ZD, dx_BTD
+
+  loss, count, *grads = on_mesh(
+    sums,
+    weight_ZD,
+    x_BTD,
+    targets_BT,
+    weights_BT,
+    axes=(WEIGHT, VECTORS, ROWS, ROWS),
+    out_axes=((), (), WEIGHT, VECTORS),
+  )
+  return (loss, count), grads
+
+
+def _backward(chunk, cap, grads, cotangents):
+  del chunk, cap
+  scale, _ = cotangents
+  return *((scale * grad).astype(grad.dtype) for grad in grads), None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _log_sum(
+  scores_BLZ: jax.Array, cap: float | None, vocabulary: tuple[str, ...]
 ) -> jax.Array:
-  """log sum exp(logits) - logits[target], without a gather over Z.
+  """log sum exp of the logits.
 
-  With `axis_name` each device along it has an equal part of the vocabulary.
+  A cap takes the place of the largest, which would be a pass of its own.
   """
-  max_BL = jax.lax.stop_gradient(logits_BLZ.max(-1))
-  ids_Z = jnp.arange(logits_BLZ.shape[-1])
-  if axis_name is not None:
-    max_BL = jax.lax.pmax(max_BL, axis_name)
-    ids_Z += jax.lax.axis_index(axis_name) * len(ids_Z)
-  exp_BL = jnp.exp(logits_BLZ - max_BL[..., None]).sum(-1)
-  target_BL = jnp.where(ids_Z == targets_BL[..., None], logits_BLZ, 0).sum(-1)
-  if axis_name is not None:
-    exp_BL, target_BL = jax.lax.psum((exp_BL, target_BL), axis_name)
-  return max_BL + jnp.log(exp_BL) - target_BL
+  logits_BLZ = soft_cap(scores_BLZ, cap)
+  if cap is not None and cap <= LARGEST_CAP:
+    largest_BL = jnp.full(scores_BLZ.shape[:-1], cap, scores_BLZ.dtype)
+  else:
+    largest_BL = logits_BLZ.max(-1)
+    if vocabulary:
+      largest_BL = jax.lax.pmax(largest_BL, vocabulary)
+  exp_BLZ = jnp.exp(logits_BLZ - largest_BL[..., None])
+  return largest_BL + jnp.log(_summed(exp_BLZ, vocabulary))
 
 
-def _split(x: jax.Array, chunks: int) -> jax.Array:
-  """[B, T, ...] to [N, B, ceil(T / N), ...], padded with zeros."""
-  B, T, *rest = x.shape
-  padding = [(0, 0), (0, -T % chunks)] + [(0, 0)] * len(rest)
-  x = jnp.pad(x, padding).reshape(B, chunks, -1, *rest)
-  return jnp.moveaxis(x, 1, 0)
+def _target(
+  scores_BLZ: jax.Array,
+  one_hot_BLZ: jax.Array,
+  cap: float | None,
+  vocabulary: tuple[str, ...],
+) -> jax.Array:
+  """The logit of the target, without a gather over Z."""
+  score_BL = _summed(jnp.where(one_hot_BLZ, scores_BLZ, 0), vocabulary)
+  return soft_cap(score_BL, cap)
+
+
+def _summed(x_BLZ: jax.Array, vocabulary: tuple[str, ...]) -> jax.Array:
+  """The sum over the vocabulary, of which a device may have a part."""
+  x_BL = x_BLZ.sum(-1)
+  return jax.lax.psum(x_BL, vocabulary) if vocabulary else x_BL
+
+
+def _one_hot(
+  targets_BL: jax.Array, size: int, vocabulary: tuple[str, ...]
+) -> jax.Array:
+  """Where the target is, among the `size` entries that a device has."""
+  ids_Z = jnp.arange(size)
+  if vocabulary:
+    ids_Z += jax.lax.axis_index(vocabulary) * size
+  return ids_Z == targets_BL[..., None]
+
+
+def _counted(x: jax.Array, weights: jax.Array) -> jax.Array:
+  """x by its weights; what does not count is 0, even where x is infinite."""
+  return jnp.where(weights > 0, x * weights, 0)
+
+
+def _split(xs: tuple[jax.Array, ...], chunk: int) -> tuple[jax.Array, ...]:
+  """Each [B, T, ...] as chunks [N, B, L, ...], padded with zeros."""
+  B, T = xs[0].shape[:2]
+  chunks = -(-T // chunk)
+
+  def split(x):
+    padding = [(0, 0), (0, -T % chunks)] + [(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, padding).reshape(B, chunks, -1, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0)
+
+  return tuple(split(x) for x in xs)
+
+
+def _joined(x_NBL: jax.Array, time: int) -> jax.Array:
+  """What `_split` makes chunks of."""
+  x_BNL = jnp.moveaxis(x_NBL, 0, 1)
+  return x_BNL.reshape(len(x_BNL), -1, *x_BNL.shape[3:])[:, :time]

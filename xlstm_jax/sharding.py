@@ -193,7 +193,7 @@ def on_mesh(
 
   Left to the compiler, a kernel's operands would be gathered on every device,
   and the reshapes around it as well. Nothing is communicated inside, except
-  by a cell that is given the `time_axis` of its tokens or a `vocabulary_axis`.
+  by a cell that is given the `time_axis` of its tokens or asks `split_over`.
 
   Args:
     cell: works on any slice along the logical axes that `axes` names; its
@@ -236,19 +236,18 @@ def time_axis(length: int) -> str | None:
 
   The devices along it hold consecutive stretches of equal length.
   """
-  return _axis_of("time", length)
+  return next(iter(split_over("time", length)), None)
 
 
-def vocabulary_axis(size: int) -> str | None:
-  """The mesh axis over which `on_mesh` splits `size` entries, if any."""
-  return _axis_of("vocabulary", size)
+def split_over(name: str, size: int) -> tuple[str, ...]:
+  """The mesh axes over which `on_mesh` splits a dimension of that size.
 
-
-def _axis_of(name: str, size: int) -> str | None:
+  Args:
+    name: of `ACTIVATIONS`.
+    size: of the dimension.
+  """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return None
-  return next(iter(_split(mesh, ACTIVATIONS, name, size)), None)
+  return () if mesh.empty else _split(mesh, ACTIVATIONS, name, size)
 
 
 def from_before(tree: Any, axis_name: str, distance: int = 1) -> Any:

@@ -450,15 +450,17 @@ def rounded_shares(
   native = Form("chunkwise", form.chunk or time)
   if dtype == "bfloat16" and str(form) != str(native):
     natives = run(native, x, dtype, options)
-    own = ()
+    own = []
     if form == TRUTH:
       own = moved(gate, time, options, "float32", form.dims)
+    elif factors:
+      own = [{"di": expected["di"].astype(ml_dtypes.bfloat16)}]
     for name, value in results.items():
       kernel = excess(
         value,
         natives[name],
         expected[name],
-        moved=[other[name] for other in own],
+        moved=[other[name] for other in own if name in other],
         largest=largest.get(name),
         factor=factors.get(name, 2.0),
       )

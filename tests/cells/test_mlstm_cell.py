@@ -311,6 +311,31 @@ def test_the_choice_is_logged_once(caplog, monkeypatch):
   assert ran[-1] == "recurrent"
 
 
+TAKEN = {"dtype": "bfloat16", "key_dim": 64, "value_dim": 128}
+
+
+def test_auto_names_the_kernel_where_it_runs(monkeypatch, caplog):
+  monkeypatch.setattr(dispatch, "device_refusal", lambda: None)
+  assert dispatch.choice("auto", 128, **TAKEN) == "pallas_gpu"
+  assert dispatch.choice("auto", 1, **TAKEN) == "recurrent"
+  assert dispatch.choice("parallel", 128, **TAKEN) == "parallel"
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  dispatch._announce.cache_clear()
+  with caplog.at_level(logging.INFO):
+    for _ in range(2):
+      assert dispatch.choice("auto", 127, **TAKEN) == "chunkwise"
+      for other in ({"dtype": "float32"}, {"value_dim": 640}, {"chunk": 48}):
+        assert dispatch.choice("auto", 512, **TAKEN | other) == "chunkwise"
+  start = "mLSTM backend on gpu: chunkwise, not pallas_gpu: "
+  reasons = [record.message.removeprefix(start) for record in caplog.records]
+  assert reasons == [
+    "its chunks are longer than 127 tokens",
+    "it computes in bfloat16, and the tokens are float32",
+    "heads of 64 keys and 640 values exceed 512 numbers",
+    "chunk is 48, and it takes chunks of 128 or 256 tokens",
+  ]
+
+
 @pytest.mark.parametrize(
   ("options", "message"),
   [

@@ -204,18 +204,19 @@ def test_states_that_enter_spans():
 @pytest.mark.parametrize(
   ("chunk", "time", "dims", "gates"),
   [
-    (128, 67, (64, 128), ("normal", "init", "f=-50", "forget", "mixed=100")),
-    (256, 300, (64, 128), ("normal", "capped")),
+    (128, 67, (64, 128), "exp normal init f=-50 forget mixed=100"),
+    (128, 67, (64, 128), "sigmoid capped"),
+    (256, 301, (64, 128), "exp normal capped i=-100"),
     # Several blocks of values, and keys that are padded.
-    (128, 200, (64, 384), ("normal",)),
-    (128, 40, (96, 64), ("normal",)),
+    (128, 200, (64, 384), "exp normal"),
+    (128, 40, (96, 64), "exp normal"),
   ],
 )
 def test_interpreted_kernels_hold_the_contract(chunk, time, dims, gates):
   script = pathlib.Path(__file__).parent / "interpret_pallas_gpu.py"
   paths = [script.parents[1], script.parents[2], *sys.path]
   done = subprocess.run(
-    [sys.executable, script, *map(str, (chunk, time, *dims)), *gates],
+    [sys.executable, script, *map(str, (chunk, time, *dims)), *gates.split()],
     env=os.environ
     | {"NPROC": "16", "PYTHONPATH": os.pathsep.join(map(str, paths))},
     capture_output=True,

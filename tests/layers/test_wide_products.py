@@ -41,12 +41,12 @@ def products(model: str, dtype: str, platform: str) -> list[tuple[set, set]]:
     lm = definition.bind(params)
     x_BTD, _ = lm(tokens_BT)
     return cross_entropy(
-      lm.logits_of,
       lm.vocabulary_weight(),
       x_BTD,
       tokens_BT,
       jnp.ones(tokens_BT.shape),
       chunk=8,
+      cap=lm.cfg.logit_cap,
     )[0]
 
   text = (

@@ -61,10 +61,7 @@ class FakeModel:
     return x_BTD, state
 
   def logits(self, x_BTD):
-    return self.logits_of(self.vocabulary_weight(), x_BTD)
+    return x_BTD @ self.vocabulary_weight().T
 
   def vocabulary_weight(self):
     return self.params["head"]["weight"]
-
-  def logits_of(self, weight_ZD, x_BTD):
-    return x_BTD @ weight_ZD.T

@@ -8,7 +8,7 @@ import small_run
 from etils import epath
 
 from xlstm_jax import sharding
-from xlstm_jax.cells.mlstm import KERNELS, self_test
+from xlstm_jax.cells.mlstm import KERNELS, backends, self_test
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data.pipeline import DataConfig
 from xlstm_jax.errors import UserError
@@ -62,11 +62,24 @@ def test_the_kernel_is_tested_as_it_will_run(monkeypatch, capsys):
   assert "pallas_gpu agrees" in capsys.readouterr().out
 
 
+def test_what_auto_chooses_is_tested(monkeypatch):
+  tested = []
+  monkeypatch.setattr(
+    self_test, "check", lambda *args, **_: tested.append(args[0])
+  )
+  chosen = dataclasses.replace(CFG, compute=Compute())
+  kernels.check(run(chosen))
+  assert not tested
+  monkeypatch.setattr(backends, "device_refusal", lambda: None)
+  kernels.check(run(chosen))
+  assert tested == ["pallas_gpu"]
+
+
 def test_the_native_form_and_models_without_it_are_not_tested(monkeypatch):
   monkeypatch.setattr(
     self_test, "check", lambda *_, **__: pytest.fail("tested")
   )
-  native = dataclasses.replace(CFG, compute=Compute())
+  native = dataclasses.replace(CFG, compute=Compute(mlstm_backend="chunkwise"))
   kernels.check(run(native))
   recurrent = presets.every(0, 1, CFG.model.num_blocks)
   model = dataclasses.replace(CFG.model, slstm_at=recurrent)

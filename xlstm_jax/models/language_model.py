@@ -93,19 +93,14 @@ class LanguageModel(nnx.Module):
 
   def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T Z"]:
     """Capped logits in fp32 of what the model returned."""
-    logits_BTZ = self.logits_of(self.vocabulary_weight(), pinned(x_BTD))
+    scores_BTZ = attend(self.vocabulary_weight(), pinned(x_BTD))
+    logits_BTZ = soft_cap(scores_BTZ, self.cfg.logit_cap)
     return constrain(logits_BTZ, "batch", "time", "vocabulary")
 
   def vocabulary_weight(self) -> Float[Array, "Z D"]:
     """What the vocabulary projection reads, in the compute dtype."""
     head = self.head if self.head is not None else self.embedding
     return head.rows()
-
-  def logits_of(
-    self, weight_ZD: Float[Array, "Z D"], x_BTD: Float[Array, "B T D"]
-  ) -> Float[Array, "B T Z"]:
-    """Capped logits in fp32 by any rows of the vocabulary's weight."""
-    return soft_cap(attend(weight_ZD, x_BTD), self.cfg.logit_cap)
 
   def empty_state(self, batch: int) -> State:
     """The empty past of `batch` rows, as an array for every state."""

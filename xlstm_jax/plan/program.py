@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import jax
 
 from xlstm_jax import config, metrics, sharding
-from xlstm_jax.cells.mlstm.backends import choice
 from xlstm_jax.config import RunConfig
 from xlstm_jax.models import counts
 from xlstm_jax.models.language_model import Definition
 from xlstm_jax.plan.collectives import Traffic, collectives, traffic
 from xlstm_jax.plan.machines import Machine
+from xlstm_jax.train import kernels
 from xlstm_jax.train import state as states
 from xlstm_jax.train import step as steps
 
@@ -101,6 +101,7 @@ def plan(cfg: RunConfig, machine: Machine) -> Plan:
   peak_flops = metrics.peak_flops(device_kind)
   started = time.monotonic()
   with jax.set_mesh(mesh):
+    mlstm = kernels.backend(cfg, mesh)
     lowered = steps.compiled(definition, cfg, mesh).lower(state, batch)
     memory, communication = _compile(lowered)
   return Plan(
@@ -113,7 +114,7 @@ def plan(cfg: RunConfig, machine: Machine) -> Plan:
     context=cfg.data.context,
     accumulation=cfg.accumulation,
     remat=cfg.compute.remat,
-    mlstm=choice(cfg.compute.mlstm_backend, cfg.data.context),
+    mlstm=mlstm,
     parameters=counts.parameters(cfg.model),
     flops_per_token=flops,
     seconds_at_peak=(

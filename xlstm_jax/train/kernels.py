@@ -1,6 +1,9 @@
-"""A look at the kernel that was chosen, before it trains."""
+"""The mLSTM kernel of a run, and a look at it before it trains."""
 
-from xlstm_jax.cells.mlstm import KERNELS, self_test
+from jax.sharding import Mesh
+
+from xlstm_jax.cells.mlstm import KERNELS, choice, self_test
+from xlstm_jax.config import RunConfig
 from xlstm_jax.sharding import batch_shards
 from xlstm_jax.train.run import Run, say
 
@@ -8,34 +11,48 @@ from xlstm_jax.train.run import Run, say
 def check(run: Run) -> None:
   """Compares a kernel with the native form at the run's shapes on a device.
 
+  Whether it was named or "auto" chose it.
+
   Raises:
     UserError: they disagree, or the kernel refuses the device or the shapes.
   """
-  backend = run.cfg.compute.mlstm_backend
-  if backend not in KERNELS or set(run.cfg.model.kinds) == {"slstm"}:
+  name = backend(run.cfg, run.mesh)
+  if name not in KERNELS or set(run.cfg.model.kinds) == {"slstm"}:
     return
   mixer = run.cfg.model.memory
   self_test.check(
-    backend,
-    share(run),
+    name,
+    share(run.cfg, run.mesh),
     dtype=run.cfg.compute.dtype,
     chunk=run.cfg.compute.mlstm_chunk,
     input_gate=mixer.input_gate,
     normalize=mixer.normalize,
     eps=mixer.eps,
   )
-  say(f"kernels   {backend} agrees with the native form on this device")
+  say(f"kernels   {name} agrees with the native form on this device")
 
 
-def share(run: Run) -> self_test.Shape:
+def backend(cfg: RunConfig, mesh: Mesh) -> str:
+  """The mLSTM backend of a training step, on the current mesh's device."""
+  shape = share(cfg, mesh)
+  return choice(
+    cfg.compute.mlstm_backend,
+    shape.T,
+    dtype=cfg.compute.dtype,
+    key_dim=shape.K,
+    value_dim=shape.V,
+    chunk=cfg.compute.mlstm_chunk,
+  )
+
+
+def share(cfg: RunConfig, mesh: Mesh) -> self_test.Shape:
   """What one device computes of a part of a step."""
-  cfg, mesh = run.cfg, run.mesh.shape
   mixer = cfg.model.memory
   K, V = mixer.head_channels(cfg.model.width)
   return self_test.Shape(
-    B=cfg.batch_size // cfg.accumulation // batch_shards(run.mesh),
-    T=cfg.data.context // mesh["sequence"],
-    H=mixer.num_heads // mesh["tensor"],
+    B=cfg.batch_size // cfg.accumulation // batch_shards(mesh),
+    T=cfg.data.context // mesh.shape["sequence"],
+    H=mixer.num_heads // mesh.shape["tensor"],
     K=K,
     V=V,
   )

@@ -147,12 +147,12 @@ def _loss_sum(
   )
   weights_BT = (batch["segments"] > 0).astype(jnp.float32)
   return objective.cross_entropy(
-    lm.logits_of,
     lm.vocabulary_weight(),
     x_BTD,
     batch["targets"],
     weights_BT,
     chunk=cfg.loss_chunk,
+    cap=cfg.model.logit_cap,
   )
 
 

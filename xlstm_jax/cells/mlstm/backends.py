@@ -6,13 +6,18 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from xlstm_jax.cells.documents import documents
 from xlstm_jax.cells.mlstm import sequence
 from xlstm_jax.cells.mlstm.chunkwise import chunkwise
 from xlstm_jax.cells.mlstm.gates import log_gates
-from xlstm_jax.cells.mlstm.pallas_gpu import pallas_gpu
+from xlstm_jax.cells.mlstm.pallas_gpu import (
+  CHUNKS,
+  device_refusal,
+  pallas_gpu,
+  refusal,
+)
 from xlstm_jax.cells.mlstm.parallel import Tokens, parallel, update
 from xlstm_jax.cells.mlstm.recurrent import recurrent
 from xlstm_jax.cells.mlstm.state import State, empty_state
@@ -25,8 +30,7 @@ BACKENDS = {
   "parallel": parallel,
   "chunkwise": chunkwise,
 }
-# These run on one platform, refuse others, and have to be named: none has
-# yet been measured against the native form on its platform (docs/kernels.md).
+# These run on one platform and refuse others. "auto" names them where they run.
 KERNELS = {"pallas_gpu": pallas_gpu}
 
 _log = logging.getLogger(__name__)
@@ -82,7 +86,7 @@ def mlstm(
     raise UserError(
       f"input_gate is {input_gate!r}; it must be 'exp' or 'sigmoid'."
     )
-  form = _form(backend, chunk, q_BTHK.shape[1])
+  form = _form(backend, chunk, q_BTHK, v_BTHV)
   wide = accumulator(q_BTHK.dtype)
   if state is None:
     batch, _, heads, key_dim = q_BTHK.shape
@@ -156,18 +160,53 @@ def mlstm_step(
   return h_B1HV[:, 0], state
 
 
-def choice(backend: str, time: int) -> str:
-  """The backend that computes `time` tokens where `backend` is named."""
+def choice(
+  backend: str,
+  time: int,
+  *,
+  dtype: DTypeLike,
+  key_dim: int,
+  value_dim: int,
+  chunk: int | None = None,
+) -> str:
+  """The backend that computes such tokens where `backend` is named.
+
+  Args:
+    backend: as in `mlstm`.
+    time: tokens of a row.
+    dtype: of queries, keys and values.
+    key_dim, value_dim: channels of a head.
+    chunk: as in `mlstm`.
+  """
   if backend != "auto":
     return backend
-  return "recurrent" if time == 1 else "chunkwise"
+  if time == 1:
+    return "recurrent"
+  reason = _kernel_refusal(time, dtype, key_dim, value_dim, chunk)
+  backend = "chunkwise" if reason else "pallas_gpu"
+  _announce(backend, jax.default_backend(), reason)
+  return backend
 
 
-def _form(backend: str, chunk: int | None, time: int):
+def _kernel_refusal(time, dtype, key_dim, value_dim, chunk) -> str | None:
+  """Why "auto" leaves the kernel out, or None."""
+  if time < CHUNKS[0]:
+    return f"its chunks are longer than {time} tokens"
+  return device_refusal() or refusal(
+    dtype, key_dim, value_dim, CHUNKS[0] if chunk is None else chunk
+  )
+
+
+def _form(backend: str, chunk: int | None, q_BTHK, v_BTHV):
   """The function that computes the cell, chosen and checked."""
-  if backend == "auto":
-    backend = choice(backend, time)
-    _announce(backend, jax.default_backend())
+  backend = choice(
+    backend,
+    q_BTHK.shape[1],
+    dtype=q_BTHK.dtype,
+    key_dim=q_BTHK.shape[-1],
+    value_dim=v_BTHV.shape[-1],
+    chunk=chunk,
+  )
   forms = BACKENDS | KERNELS
   if backend not in forms:
     names = ", ".join(forms)
@@ -178,5 +217,7 @@ def _form(backend: str, chunk: int | None, time: int):
 
 
 @functools.cache
-def _announce(backend: str, platform: str) -> None:
+def _announce(backend: str, platform: str, reason: str | None) -> None:
+  if platform == "gpu" and reason:
+    backend = f"{backend}, not pallas_gpu: {reason}"
   _log.info("mLSTM backend on %s: %s", platform, backend)

@@ -7,6 +7,7 @@ measurements.
 """
 
 import dataclasses
+import math
 import re
 from functools import partial
 from typing import Any
@@ -131,7 +132,7 @@ def refusal(
   dtype: DTypeLike, key_dim: int, value_dim: int, chunk: int
 ) -> str | None:
   """Why the kernels do not take such arrays, or None."""
-  if dtype != jnp.bfloat16:
+  if jnp.dtype(dtype) != jnp.bfloat16:
     return f"it computes in bfloat16, and the tokens are {jnp.dtype(dtype)}"
   if max(key_dim, value_dim) > MAX_DIM:
     return (
@@ -230,6 +231,8 @@ def _forward(
 def _backward(opt, kept, cotangents):
   q, k, v, h, h_low, u_BHT, s, C, C_BHNKV, n_BHNK = kept
   dh, dC_last, dn_last, _ = cotangents
+  # Else the compiler makes dh anew for each of the results that follow.
+  dh = jax.lax.optimization_barrier(dh)
   dy, bias_BHT, reading_BHT = _readout_backward(opt, s, u_BHT, h, h_low, dh)
   D_BHNKV, dn_BHNK, dC, dn = _states(
     q,
@@ -395,8 +398,8 @@ def _states(k, v, write, write_n, keep, C, n, *, opt, reverse=False):
     interpret=opt.interpret,
   )
   batch, heads, chunks = keep.shape
-  blocks = batch * heads * (k.shape[-1] // 64) * (v.shape[-1] // 64) // 8
-  spans = _spans(chunks, blocks)
+  blocks = _kernels().scan_blocks(k.shape[-1], v.shape[-1])
+  spans = _spans(chunks, batch * heads * math.prod(blocks))
   if spans > 1:
     zeros = jnp.zeros_like(C)[:, :, None].repeat(spans, axis=2)
     zeros_n = jnp.zeros_like(n)[:, :, None].repeat(spans, axis=2)

@@ -66,29 +66,29 @@ def scales(
     [segment_B[:, None, None], id_last[..., :-1]], axis=-1
   )
 
-  upto = tuple(jnp.cumsum(part, axis=-1) for part in _parts(f))
-  total = upto[0][..., -1] + upto[1][..., -1]
-  after = _sums_after(f)
+  upto = _each(partial(jnp.cumsum, axis=-1), _parts(f))
+  total = _each(lambda x: x[..., -1], upto)
   if stabilize:
     m, m_after = _stabilizers(i, f, sum(upto), id_, start, m_BH, segment_B)
   else:
-    m, m_after = jnp.zeros_like(i), jnp.zeros_like(total)
+    m, m_after = jnp.zeros_like(i), jnp.zeros_like(total[0])
   m_before = jnp.concatenate([m_BH[..., None], m_after[..., :-1]], axis=-1)
   gauge = jnp.maximum(m, 0)
 
-  writer = [x - y for x, y in zip(_parts(i), upto, strict=True)]
-  reader = [x - y for x, y in zip(upto, _parts(gauge), strict=True)]
+  writer = _each(jnp.subtract, _parts(i), upto)
+  reader = _each(jnp.subtract, upto, _parts(gauge))
   scale = key_dim**-0.5
   continues = id_ == before[..., None]
-  past = [
-    x + y for x, y in zip(reader, _parts(m_before[..., None]), strict=True)
-  ]
-  past = jnp.where(continues, scale * jnp.exp(past[0] + past[1]), 0)
+  past = sum(_each(jnp.add, reader, _parts(m_before[..., None])))
+  past = jnp.where(continues, scale * jnp.exp(past), 0)
   reader[1] += math.log(scale)
-  write = jnp.where(
-    id_ == id_last[..., None], jnp.exp(after + i - m_after[..., None]), 0
-  )
-  keep = jnp.where(id_last == before, jnp.exp(total + m_before - m_after), 0)
+  after = _each(_sums_after, _parts(f))
+  write = _each(jnp.subtract, _parts(i), _parts(m_after[..., None]))
+  write = sum(_each(jnp.add, after, write))
+  write = jnp.where(id_ == id_last[..., None], jnp.exp(write), 0)
+  keep = _each(jnp.subtract, _parts(m_before), _parts(m_after))
+  keep = sum(_each(jnp.add, total, keep))
+  keep = jnp.where(id_last == before, jnp.exp(keep), 0)
   flat = (batch, heads, time)
   return Scales(
     jnp.stack([x.reshape(flat) for x in reader], axis=2),
@@ -106,7 +106,12 @@ def scales(
 def _parts(x):
   """x as a multiple of 1/GRID and a rest."""
   coarse = jnp.round(x * GRID) / GRID
-  return coarse, jnp.where(jnp.isfinite(x), x - coarse, 0)
+  return [coarse, jnp.where(jnp.isfinite(x), x - coarse, 0)]
+
+
+def _each(function, *operands):
+  """What it makes of the first parts, and of the second."""
+  return [function(*parts) for parts in zip(*operands, strict=True)]
 
 
 def _stabilizers(i, f, upto, id_, start, m_BH, segment_B):

@@ -13,6 +13,7 @@ tiles of 64 tokens: a chunk is a multiple of 128.
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -80,8 +81,9 @@ def scan_states(
   chunks = time // chunk
   span = chunks // spans
   tiles = chunk // TOKENS
-  workers = 2 if key_dim % (2 * ROWS) == 0 else 1
-  width = _part(value_dim)
+  key_blocks, value_blocks = scan_blocks(key_dim, value_dim)
+  workers = key_dim // (ROWS * key_blocks)
+  width = value_dim // value_blocks
 
   def body(
     k_ref, v_ref, w_ref, wn_ref, keep_ref, C0_ref, n0_ref,
@@ -185,7 +187,7 @@ def scan_states(
       jax.ShapeDtypeStruct(C_BHSKV.shape, F32),
       jax.ShapeDtypeStruct(n_BHSK.shape, F32),
     ),
-    grid=(value_dim // width, key_dim // (ROWS * workers), heads, batch, spans),
+    grid=(value_blocks, key_blocks, heads, batch, spans),
     grid_names=("value", "key", "head", "batch", "span"),
     num_threads=workers + 1,
     thread_name="worker",
@@ -201,6 +203,15 @@ def scan_states(
     compiler_params=_COMPILER,
     interpret=interpret,
   )(k_BTHK, v_BTHV, write_BHT, write_n_BHT, keep_BHN, C_BHSKV, n_BHSK)
+
+
+def scan_blocks(key_dim: int, value_dim: int) -> tuple[int, int]:
+  """Into how many blocks `scan_states` splits the keys and values of a head.
+
+  A block has one or two times 64 keys and at most 256 values.
+  """
+  width = next(w for w in range(256, 0, -64) if value_dim % w == 0)
+  return key_dim // math.gcd(key_dim, 2 * ROWS), value_dim // width
 
 
 def attend(
@@ -678,11 +689,6 @@ def attend(
     ),
   )
   return y, (jnp.sum(u, axis=0) if has_partner else u), y_low if low else None
-
-
-def _part(dim: int) -> int:
-  """The widest tile of at most 256 columns that divides `dim`."""
-  return next(w for w in range(256, 0, -64) if dim % w == 0)
 
 
 def _smem(*shape: int):

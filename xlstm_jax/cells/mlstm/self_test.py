@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from xlstm_jax.cells.mlstm.backends import mlstm
+from xlstm_jax.cells.precision import rounded
 from xlstm_jax.errors import UserError
 
 NATIVE = "chunkwise"
@@ -101,15 +102,48 @@ def findings(
   eps: float,
 ) -> dict[str, Finding]:
   """The errors of h and of the gradients against the native form in float32."""
-  inputs = _example(shape, dtype)
-  of = functools.partial(
-    _values_and_gradients, input_gate=input_gate, normalize=normalize, eps=eps
+  measured = _measured(
+    shape,
+    dtype=dtype,
+    backend=backend,
+    chunk=chunk,
+    input_gate=input_gate,
+    normalize=normalize,
+    eps=eps,
   )
-  truth = of(inputs, dtype="float32", backend=NATIVE, chunk=None)
-  native = of(inputs, dtype=dtype, backend=NATIVE, chunk=None)
-  kernel = of(inputs, dtype=dtype, backend=backend, chunk=chunk)
+  ulp = float(jnp.finfo(jnp.float32).eps)
   return {
-    name: _finding(kernel[name], native[name], truth[name]) for name in truth
+    name: Finding(kernel, native, FACTOR * native + 4 * ulp * largest)
+    for name, (kernel, native, largest) in jax.tree.map(float, measured).items()
+  }
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=(
+    "shape",
+    "dtype",
+    "backend",
+    "chunk",
+    "input_gate",
+    "normalize",
+    "eps",
+  ),
+)
+def _measured(shape: Shape, *, dtype: str, backend: str, chunk, **options):
+  """Errors of the kernel and of the native form, and the largest truth."""
+  inputs = _example(shape, dtype)
+  of = functools.partial(_values_and_gradients, inputs, **options)
+  truth = of(dtype="float32", backend=NATIVE, chunk=None)
+  native = of(dtype=dtype, backend=NATIVE, chunk=None)
+  kernel = of(dtype=dtype, backend=backend, chunk=chunk)
+  return {
+    name: (
+      _error(kernel[name], x),
+      _error(native[name], x),
+      jnp.abs(x.astype(jnp.float32)).max(),
+    )
+    for name, x in truth.items()
   }
 
 
@@ -122,21 +156,10 @@ def _example(shape: Shape, dtype: str) -> dict[str, jax.Array]:
     name: jax.random.normal(key(at), (B, T, H, *size))
     for at, (name, size) in enumerate(sizes.items())
   }
-  rounded = {n: drawn[n].astype(dtype) for n in ("q", "k", "v", "g")}
-  return drawn | rounded | {"f": drawn["f"] + 4.0}
+  narrow = {n: rounded(drawn[n], dtype) for n in ("q", "k", "v", "g")}
+  return drawn | narrow | {"f": drawn["f"] + 4.0}
 
 
-@functools.partial(
-  jax.jit,
-  static_argnames=(
-    "dtype",
-    "backend",
-    "chunk",
-    "input_gate",
-    "normalize",
-    "eps",
-  ),
-)
 def _values_and_gradients(inputs, *, dtype, **options) -> dict[str, jax.Array]:
   B, T = inputs["i"].shape[:2]
   segments_T = 1 + jnp.arange(T) * DOCUMENTS // T
@@ -160,17 +183,10 @@ def _values_and_gradients(inputs, *, dtype, **options) -> dict[str, jax.Array]:
   return {"h": h_BTHV} | {f"d{name}": grad for name, grad in grads.items()}
 
 
-@jax.jit
-def _errors(
+def _error(
   x: Float[Array, "B T H *"], truth: Float[Array, "B T H *"]
 ) -> Float[Array, ""]:
   """Root mean square over time and channels, the worst of rows and heads."""
   squares = jnp.square(x.astype(jnp.float32) - truth.astype(jnp.float32))
   axes = (1, *range(3, squares.ndim))
   return jnp.sqrt(squares.mean(axes).max())
-
-
-def _finding(kernel, native, truth) -> Finding:
-  error = float(_errors(native, truth))
-  ulp = float(jnp.finfo(jnp.float32).eps * jnp.abs(truth).max())
-  return Finding(float(_errors(kernel, truth)), error, FACTOR * error + 4 * ulp)
