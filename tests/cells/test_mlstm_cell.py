@@ -324,7 +324,12 @@ def test_auto_names_the_kernel_where_it_runs(monkeypatch, caplog):
   with caplog.at_level(logging.INFO):
     for _ in range(2):
       assert dispatch.choice("auto", 127, **TAKEN) == "chunkwise"
-      for other in ({"dtype": "float32"}, {"value_dim": 640}, {"chunk": 48}):
+      for other in (
+        {"dtype": "float32"},
+        {"value_dim": 640},
+        {"chunk": 48},
+        {"key_dim": 384},
+      ):
         assert dispatch.choice("auto", 512, **TAKEN | other) == "chunkwise"
   start = "mLSTM backend on gpu: chunkwise, not pallas_gpu: "
   reasons = [record.message.removeprefix(start) for record in caplog.records]
@@ -333,6 +338,7 @@ def test_auto_names_the_kernel_where_it_runs(monkeypatch, caplog):
     "it computes in bfloat16, and the tokens are float32",
     "heads of 64 keys and 640 values exceed 512 numbers",
     "chunk is 48, and it takes chunks of 128 or 256 tokens",
+    "it has never run on a GPU with heads of 384 keys",
   ]
 
 

@@ -210,6 +210,8 @@ def test_states_that_enter_spans():
     # Several blocks of values, and keys that are padded.
     (128, 200, (64, 384), "exp normal"),
     (128, 40, (96, 64), "exp normal"),
+    # Vectors of keys that are copied in two parts.
+    (128, 40, (384, 384), "exp normal"),
   ],
 )
 def test_interpreted_kernels_hold_the_contract(chunk, time, dims, gates):
@@ -233,8 +235,17 @@ def test_interpreted_kernels_hold_the_contract(chunk, time, dims, gates):
   else True,
   reason="compiling for a GPU needs the wheels jax-cuda13-plugin and nvcc",
 )
-@pytest.mark.parametrize("dims", [(64, 128), (128, 256), (256, 512)])
-def test_kernels_compile_for_the_h200_without_one(dims):
+@pytest.mark.parametrize(
+  ("dims", "most"),
+  [
+    ((64, 128), 0),
+    ((128, 256), 240),
+    ((256, 512), 240),
+    ((384, 384), 128),
+    ((512, 512), 300),
+  ],
+)
+def test_kernels_compile_for_the_h200_without_one(dims, most):
   """Spills are bytes per thread and kernel, as measured with ptxas 13.5."""
   script = pathlib.Path(__file__).parent / "compile_pallas_gpu.py"
   environment = os.environ | {
@@ -255,4 +266,4 @@ def test_kernels_compile_for_the_h200_without_one(dims):
   spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", report)]
   assert len(registers) >= 6  # two scans and four reads
   assert max(registers) <= 232
-  assert max(spills) <= 240
+  assert max(spills) <= most

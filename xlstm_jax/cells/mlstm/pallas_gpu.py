@@ -28,7 +28,7 @@ from xlstm_jax.cells.precision import rounded
 from xlstm_jax.errors import UserError
 
 SHARED_MEMORY = 227 * 1024  # bytes a block may have on a Hopper GPU
-RESERVED = 10240  # of it, for vectors, barriers and reductions
+RESERVED = 13312  # of it, for vectors, barriers and reductions
 MULTIPROCESSORS = 132
 MAX_DIM = 512
 CHUNKS = (128, 256)

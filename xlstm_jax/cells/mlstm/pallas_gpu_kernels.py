@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 F32, BF16 = jnp.float32, jnp.bfloat16
 ROWS = 64  # of a warpgroup's matrix product
 TOKENS = 64  # of a tile
+MAX_COPY = 256  # numbers that TMA copies along a dimension
 MATRIX = plgpu.Layout.WGMMA
 ROW, COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
 _COMPILER = plgpu.CompilerParams(approx_math=True)
@@ -136,7 +137,9 @@ def scan_states(
         C_kv, n_k = carry
         if save:
           _store(
-            C_smem.at[worker], C_kv, C_ref.at[b, h, place(c), keys, values]
+            C_smem.at[worker],
+            C_kv.astype(BF16),
+            C_ref.at[b, h, place(c), keys, values],
           )
 
           @pl.when(first)
@@ -270,6 +273,10 @@ def attend(
   has_partner = mode in ("dk", "dv")
   ahead = tiles.key_buffers >= key_parts  # a first key tile fits in the ring
   vector_dim = tiles.outputs if transposed else dim
+  vector_parts = [
+    (start, min(MAX_COPY, vector_dim - start))
+    for start in range(0, vector_dim, MAX_COPY)
+  ]
 
   def decode(index):
     o, index = lax.rem(index, out_tiles), index // out_tiles
@@ -366,10 +373,13 @@ def attend(
           ]
         for source, target, tokens in vectors:
           plgpu.copy_gmem_to_smem(source.at[b, h, tokens], target, a_full)
-        place = pl.ds(o * tiles.outputs if transposed else 0, vector_dim)
-        plgpu.copy_gmem_to_smem(
-          vector_ref.at[b, h, n, place], vector_smem, a_full
-        )
+        first = o * tiles.outputs if transposed else 0
+        for start, size in vector_parts:
+          plgpu.copy_gmem_to_smem(
+            vector_ref.at[b, h, n, pl.ds(first + start, size)],
+            vector_smem.at[pl.ds(start, size)],
+            a_full,
+          )
         for j in range(dim // 64):
           for part in range(parts):
             place = (pl.ds(j * 64, 64), output_columns(o, part))
@@ -618,7 +628,7 @@ def attend(
             rounded = exact.astype(BF16)
             save(rounded, y_ref, part * tiles.values + j * 64)
             if low:
-              rest = exact - rounded.astype(F32)
+              rest = (exact - rounded.astype(F32)).astype(BF16)
               save(rest, low_ref, part * tiles.values + j * 64)
         return nb, nc
 
@@ -636,7 +646,7 @@ def attend(
     u_shape = past_BHT.shape if mode == "h" else unused.shape
   bias_width = {"h": 16, "dq": 128}.get(mode, chunk)
   edge_width = 128 if mode == "h" else 16
-  a_arrivals = 7 + has_bias + 2 * (mode == "h")
+  a_arrivals = 6 + len(vector_parts) + has_bias + 2 * (mode == "h")
   y_type = jax.ShapeDtypeStruct((batch, time, heads, out_dim), BF16)
   y, u, y_low = plgpu.kernel(
     body,
@@ -783,6 +793,6 @@ def _write(target_ref, x):
 def _store(buffer_ref, x, target_ref, *, others=0):
   """Starts writing x, once all but `others` writes have left their buffers."""
   plgpu.wait_smem_to_gmem(others, wait_read_only=True)
-  buffer_ref[...] = x.astype(BF16)
+  buffer_ref[...] = x
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(buffer_ref, target_ref)
