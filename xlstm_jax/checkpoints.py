@@ -177,7 +177,9 @@ class Checkpoints:
     self._failure = None
     self._saving = step, {*items, _METRICS}
     self._barriers.begin()
-    with self._noting_write_errors():
+    # What fails here and now fails on this process alone. The others are in
+    # the save and cannot be told: the run ends.
+    with self._noting_write_errors(again=jax.process_count() == 1):
       self._manager.save(
         step,
         args=ocp.args.Composite(**args),
@@ -335,18 +337,22 @@ class Checkpoints:
     return told
 
   @contextlib.contextmanager
-  def _noting_write_errors(self) -> Iterator[None]:
-    """Notes a failed write; raises the one after the last that may fail."""
+  def _noting_write_errors(self, *, again: bool = True) -> Iterator[None]:
+    """Notes a failed write; raises the one after the last that may fail.
+
+    Args:
+      again: whether it may be made again at all.
+    """
     try:
       yield
     except (OSError, ValueError) as error:
       if not is_write_error(error):
         raise
-      self._forget_failed_save()
       self._failure = error
       self._failures += 1
-      if self._failures > (self._cfg.retries if self._cfg else 0):
+      if not again or self._failures > (self._cfg.retries if self._cfg else 0):
         raise self._write_error() from error
+      self._forget_failed_save()
 
   def _write_error(self) -> UserError:
     assert self._failure

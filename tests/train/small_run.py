@@ -51,9 +51,9 @@ def prepared(folder, name, *tokenizer):
   return str(folder / name)
 
 
-def command(arguments, workdir, *more):
+def command(arguments, workdir, *more, program=("-m", "xlstm_jax.train")):
   return [
-    *(sys.executable, "-m", "xlstm_jax.train", f"--workdir={workdir}"),
+    *(sys.executable, *program, f"--workdir={workdir}"),
     *arguments,
     *more,
   ]

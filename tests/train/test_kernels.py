@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, cast
 
+import jax
 import pytest
 import small_run
 from etils import epath
@@ -73,6 +74,16 @@ def test_what_auto_chooses_is_tested(monkeypatch):
   monkeypatch.setattr(backends, "device_refusal", lambda: None)
   kernels.check(run(chosen))
   assert tested == ["pallas_gpu"]
+
+
+def test_where_auto_leaves_the_kernel_out_the_run_says_why(monkeypatch, capsys):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  kernels.check(run(dataclasses.replace(CFG, compute=Compute())))
+  told = capsys.readouterr().out
+  assert told.startswith("kernels   native mLSTM, not pallas_gpu: it needs a ")
+  named = Compute(mlstm_backend="chunkwise")
+  kernels.check(run(dataclasses.replace(CFG, compute=named)))
+  assert not capsys.readouterr().out
 
 
 def test_the_native_form_and_models_without_it_are_not_tested(monkeypatch):

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import pathlib
 import re
 import shutil
 import socket
@@ -72,6 +73,7 @@ def test_flags_that_do_not_fit_are_refused(arguments, message):
 
 
 # Nobody comes in any case.
+FAILING_SAVE = pathlib.Path(__file__).with_name("failing_save.py")
 SOON = LimitsConfig(join_seconds=1)
 
 
@@ -298,7 +300,7 @@ def together(arguments, workdir):
   return outputs[0]
 
 
-def _pair(arguments, workdir):
+def _pair(arguments, workdir, **options):
   port = free_port()
   flags = "--xla_force_host_platform_device_count=4"
   hosts = [
@@ -310,6 +312,7 @@ def _pair(arguments, workdir):
         "--processes=2",
         f"--process={index}",
         f"--config.limits.join_seconds={PATIENCE}",
+        **options,
       ),
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
@@ -393,3 +396,20 @@ def test_two_processes_divide_heads_and_time(options, arguments, tmp_path):
   alone(arguments, tmp_path / "one")
   assert len(metrics.trajectory(tmp_path / "one")) == 3 + 1
   assert_the_same(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_save_that_fails_at_once_ends_both(process, arguments, tmp_path):
+  """The others cannot be told, and are not left to wait for it."""
+  workdir = tmp_path / "run"
+  program = (str(FAILING_SAVE), str(process), "16")
+  codes, outputs = _pair(arguments, workdir, program=program)
+  assert codes[process] == 2, outputs[process]
+  assert codes[1 - process] not in (Status.DONE, 2), outputs[1 - process]
+  assert re.search(
+    r"error: A checkpoint could not be written .*\(No space left on device\)"
+    r".*; step 8 is intact\.",
+    outputs[process],
+  )
+  assert "start     step 8," in together(arguments, workdir)

@@ -184,14 +184,23 @@ def choice(
     return backend
   if time == 1:
     return "recurrent"
-  reason = _kernel_refusal(time, dtype, key_dim, value_dim, chunk)
+  reason = left_out(
+    time, dtype=dtype, key_dim=key_dim, value_dim=value_dim, chunk=chunk
+  )
   backend = "chunkwise" if reason else "pallas_gpu"
   _announce(backend, jax.default_backend(), reason)
   return backend
 
 
-def _kernel_refusal(time, dtype, key_dim, value_dim, chunk) -> str | None:
-  """Why "auto" leaves the kernel out, or None."""
+def left_out(
+  time: int,
+  *,
+  dtype: DTypeLike,
+  key_dim: int,
+  value_dim: int,
+  chunk: int | None = None,
+) -> str | None:
+  """Why "auto" does not choose the kernel, or None; arguments of `choice`."""
   if time < CHUNKS[0]:
     return f"its chunks are longer than {time} tokens"
   if key_dim > RUN_KEYS:
