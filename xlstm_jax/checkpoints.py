@@ -348,11 +348,12 @@ class Checkpoints:
     except (OSError, ValueError) as error:
       if not is_write_error(error):
         raise
+      if again:
+        self._forget_failed_save()
       self._failure = error
       self._failures += 1
       if not again or self._failures > (self._cfg.retries if self._cfg else 0):
         raise self._write_error() from error
-      self._forget_failed_save()
 
   def _write_error(self) -> UserError:
     assert self._failure

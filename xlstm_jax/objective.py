@@ -61,8 +61,8 @@ def token_losses(
 ) -> Float[Array, "B T"]:
   """The loss of every target in nats; arguments as in `cross_entropy`.
 
-  To be differentiated is the part of `cross_entropy`: here the logits of all
-  chunks would be kept.
+  `cross_entropy` is what to differentiate: here the logits of all chunks would
+  be kept.
   """
   vocabulary = split_over("vocabulary", weight_ZD.shape[0])
 

@@ -48,9 +48,7 @@ class Norm(nnx.Module):
   ):
     self.cfg = cfg
     self.dtype = compute.dtype
-    # Rows of a head are short. There XLA's fusions of a norm on GPUs (Triton)
-    # take twice the time of plain passes, which these barriers leave it.
-    self.apart = jax.lax.optimization_barrier if len(shape) > 1 else lambda x: x
+    self.of_heads = len(shape) > 1
 
     def param(init):
       value = init(rngs.params(), shape, compute.param_dtype)
@@ -64,15 +62,24 @@ class Norm(nnx.Module):
     """`x` normalised, scaled and shifted in fp32, in the compute dtype."""
     x = wide(x)
     if self.cfg.kind == "layer":
-      x = x - self.apart(x.mean(-1, keepdims=True))
+      x = x - self._apart(x.mean(-1, keepdims=True))
     # Two passes: E[x^2] - E[x]^2 loses everything at a large mean.
     variance = jnp.square(x).mean(-1, keepdims=True)
-    y = x * self.apart((variance + self.cfg.eps) ** -0.5)
+    y = x * self._apart((variance + self.cfg.eps) ** -0.5)
     if self.scale is not None:
       y = y * (wide(self.scale[...]) + (self.cfg.scale == "offset"))
     if self.bias is not None:
       y = y + wide(self.bias[...])
     return y.astype(self.dtype)
+
+  def _apart(self, statistic: jax.Array) -> jax.Array:
+    """The statistic of a row, made in a pass of its own where rows are short.
+
+    There XLA's fusions of a norm on GPUs (Triton) take twice the time.
+    """
+    if self.of_heads:
+      return jax.lax.optimization_barrier(statistic)
+    return statistic
 
 
 def qk_norm(
