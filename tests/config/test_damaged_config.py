@@ -50,6 +50,7 @@ def experiment(tmp_path_factory):
 @given(st.lists(overrides | arguments, max_size=4))
 @example(["--config.steps", "--config.steps=1"])
 @example(["--config.data.paths=a", "--noconfig.data.paths"])
+@example(["--noconfig.model.out_norm=1"])
 def test_any_overrides_are_applied_or_refused(experiment: str, given_overrides):
   with contextlib.suppress(UserError):
     cfg = config.from_experiment(experiment, given_overrides)

@@ -109,6 +109,7 @@ def test_text_behind_a_colon_reaches_get_config(experiment):
     ("--config.data.paths=", "config.data.paths is given without a value"),
     ("--config.data.paths", "config.data.paths is given without a value"),
     ("--noconfig.data.paths", "config.data.paths is given without a value"),
+    ("--noconfig.model.out_norm=1", "out_norm=1' says no and has a value"),
     ("--steps=3", "'--steps=3' is not understood"),
     ("steps", "'steps' is not understood"),
   ],

@@ -143,6 +143,11 @@ def _grouped(overrides: Sequence[str]) -> dict[str, list[str]]:
         "like --config.optim.peak_lr=1e-3, and --help shows the flags."
       )
     negated, key, value = match.groups()
+    if negated and value is not None:
+      raise UserError(
+        f"The argument {shown(argument)} says no and has a value; write "
+        "--config.KEY=VALUE, or --noconfig.KEY for false."
+      )
     if value is None and not negated and waiting and waiting[0][:1] != "-":
       argument += f"={waiting.pop(0)}"
     grouped.setdefault(key, []).append(argument)
