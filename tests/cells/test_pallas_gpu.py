@@ -239,7 +239,7 @@ def test_interpreted_kernels_hold_the_contract(chunk, time, dims, gates):
   ("dims", "most"),
   [
     ((64, 128), 0),
-    ((128, 256), 240),
+    ((128, 256), 48),
     ((256, 512), 240),
     ((384, 384), 128),
     ((512, 512), 300),

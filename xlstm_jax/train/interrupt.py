@@ -22,7 +22,7 @@ from xlstm_jax.train.status import Status
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):  # noqa: N818  (a request, no error)
   """Raised inside an evaluation that is to end."""
 
 
