@@ -27,8 +27,6 @@ from xlstm_jax.cells.mlstm.state import State
 from xlstm_jax.cells.precision import rounded
 from xlstm_jax.errors import UserError
 
-SHARED_MEMORY = 227 * 1024  # bytes a block may have on a Hopper GPU
-RESERVED = 13312  # of it, for vectors, barriers and reductions
 MULTIPROCESSORS = 132
 MAX_DIM = 512
 CHUNKS = (128, 256)
@@ -205,12 +203,9 @@ def _forward(
   )
   C_BHNKV, n_BHNK, C_last, n_last = states()
   floor_BHT, extra_BHT = _floor(s, opt)
-  h, u_BHT, h_low = _kernels().attend(
-    "h",
+  w_BHTZ, u_BHT, inverse_BHT = _kernels().weigh(
     q,
     k,
-    v,
-    C_BHNKV,
     n_BHNK,
     row_BH2T=s.reader_BH2T,
     column_BH2T=s.writer_BH2T,
@@ -219,9 +214,19 @@ def _forward(
     floor_BHT=floor_BHT,
     extra_BHT=extra_BHT,
     chunk=opt.chunk,
-    tiles=tiles(q.shape[-1], v.shape[-1]),
     normalize=opt.normalize,
+    interpret=opt.interpret,
+  )
+  h, _, h_low = _kernels().combine(
+    "h",
+    q,
+    C_BHNKV,
+    w_BHTZ,
+    v,
+    past_BHT=s.past_BHT,
+    factor_BHT=inverse_BHT,
     low=keep,
+    chunk=opt.chunk,
     interpret=opt.interpret,
   )
   kept = (q, k, v, h, h_low, u_BHT, s, C, C_BHNKV, n_BHNK)
@@ -245,49 +250,45 @@ def _backward(opt, kept, cotangents):
     opt=opt,
     reverse=True,
   )
-  key_dim, value_dim = q.shape[-1], v.shape[-1]
-  run = partial(
-    _kernels().attend,
-    bias_BHT=bias_BHT,
+  w_BHTZ, dscores_BHTZ, written_BHT = _kernels().weigh(
+    k,
+    q,
+    dn_BHNK,
+    row_BH2T=s.writer_BH2T,
+    column_BH2T=s.reader_BH2T,
+    past_BHT=s.write_BHT,
+    border_BT=s.final_BT,
+    cotangents=(v, dy, bias_BHT),
     chunk=opt.chunk,
     interpret=opt.interpret,
   )
-  reads = {
-    "row_BH2T": s.reader_BH2T,
-    "column_BH2T": s.writer_BH2T,
-    "past_BHT": s.past_BHT,
-    "border_BT": s.first_BT,
-    "tiles": tiles(value_dim, key_dim),
-  }
-  writes = {
-    "row_BH2T": s.writer_BH2T,
-    "column_BH2T": s.reader_BH2T,
-    "past_BHT": s.write_BHT,
-    "border_BT": s.final_BT,
-  }
-  dq, *_ = run("dq", dy, v, k, C_BHNKV, n_BHNK, **reads)
-  dk, passed_BHT, _ = run(
+  combine = partial(
+    _kernels().combine, chunk=opt.chunk, interpret=opt.interpret
+  )
+  dq, *_ = combine(
+    "dq",
+    dy,
+    C_BHNKV,
+    dscores_BHTZ,
+    k,
+    past_BHT=s.past_BHT,
+    factor_BHT=bias_BHT,
+    vector_BHNO=n_BHNK,
+  )
+  dk, passed_BHT, _ = combine(
     "dk",
     v,
-    dy,
-    q,
     D_BHNKV,
-    dn_BHNK,
-    **writes,
+    dscores_BHTZ,
+    q,
+    past_BHT=s.write_BHT,
+    vector_BHNO=dn_BHNK,
     partner_BTHO=k,
-    tiles=reads["tiles"],
   )
-  dv, di_BHT, _ = run(
-    "dv",
-    k,
-    q,
-    dy,
-    D_BHNKV,
-    dn_BHNK,
-    **writes,
-    partner_BTHO=v,
-    tiles=tiles(key_dim, value_dim),
+  dv, passed_on_BHT, _ = combine(
+    "dv", k, D_BHNKV, w_BHTZ, dy, past_BHT=s.write_BHT, partner_BTHO=v
   )
+  di_BHT = written_BHT + passed_on_BHT
 
   through_BHN = _through(C_BHNKV, D_BHNKV, C, dC_last)
   through_BHN += _total(n_BHNK, dn_BHNK)
@@ -433,25 +434,3 @@ def _spans(chunks: int, blocks: int) -> int:
   while chunks % (2 * spans) == 0 and spans * blocks < MULTIPROCESSORS:
     spans *= 2
   return spans
-
-
-def tiles(dim: int, out_dim: int):
-  """The largest tiles of `attend` that fit, for scores over `dim` columns."""
-  for limit in (256, 128, 64):
-    keys, values = _divisor(dim, limit), _divisor(out_dim, limit)
-    outputs = max(
-      width for width in range(values, 257, values) if out_dim % width == 0
-    )
-    fixed = 128 * (2 * dim + 2 * keys) + RESERVED
-    value_buffers = min((SHARED_MEMORY - fixed) // (128 * values), 4)
-    left = SHARED_MEMORY - fixed - 128 * values * value_buffers
-    if value_buffers >= 2:
-      return _kernels().Tiles(
-        keys, values, outputs, 2, value_buffers, min(left // 16384, 2)
-      )
-  raise ValueError(f"no tiles for {dim} and {out_dim} columns")
-
-
-def _divisor(dim: int, limit: int) -> int:
-  """The largest divisor of `dim` up to `limit` that is a multiple of 64."""
-  return next(w for w in range(limit, 0, -64) if dim % w == 0)

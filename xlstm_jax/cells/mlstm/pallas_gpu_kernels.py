@@ -1,10 +1,11 @@
-"""The two Hopper kernels of the mLSTM, in Pallas Mosaic GPU.
+"""The Hopper kernels of the mLSTM, in Pallas Mosaic GPU.
 
 `scan_states` runs over chunks and keeps a tile of the matrix memory in
-registers; `attend` is masked attention inside chunks plus a read of the state
-between them. The backward pass is the same two kernels with the operands
+registers; `weigh` makes the weights of all pairs of tokens inside chunks;
+`combine` sums values by these weights, and adds a read of the state between
+chunks. The backward pass is the same three kernels with the operands
 exchanged: `scan_states` backward in time gives the gradients of the states,
-and every gradient of q, k, v is an `attend`.
+`weigh` also those of the scores, and every gradient of q, k, v is a `combine`.
 
 Each block is two computing warpgroups of 64 rows and one that loads tiles
 through TMA into rings of buffers, ahead of the computation. The kernels move
@@ -25,31 +26,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 F32, BF16 = jnp.float32, jnp.bfloat16
 ROWS = 64  # of a warpgroup's matrix product
 TOKENS = 64  # of a tile
+BLOCK = 128  # tokens of a block: two warpgroups of rows
+SHARED_MEMORY = 227 * 1024  # bytes a block may have on a Hopper GPU
+RESERVED = 4096  # of it, for vectors and barriers
 MAX_COPY = 256  # numbers that TMA copies along a dimension
 MATRIX = plgpu.Layout.WGMMA
 ROW, COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
 _COMPILER = plgpu.CompilerParams(approx_math=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-  """Block sizes of `attend`; smaller ones need less shared memory.
-
-  Attributes:
-    keys: columns of a buffer for the operand that scores are made with.
-    values: columns of a buffer for the operand that is summed, and of a state.
-    outputs: columns of the result that one block computes.
-    key_buffers: how many of the first.
-    value_buffers: how many of the second.
-    stages: buffers through which results leave; 0 writes from registers.
-  """
-
-  keys: int
-  values: int
-  outputs: int
-  key_buffers: int
-  value_buffers: int
-  stages: int
 
 
 def scan_states(
@@ -168,7 +151,7 @@ def scan_states(
             multiply(wk_kl, v_smem.at[slot])
           return n_k
 
-        C_kv, n_k = _accumulate_with(C_kv * keep, n_k * keep, add, interpret)
+        C_kv, n_k = _accumulate(C_kv * keep, n_k * keep, add, interpret)
         plgpu.barrier_arrive(free.at[lax.rem(counts[-1], buffers)])
         return C_kv, n_k
 
@@ -217,66 +200,315 @@ def scan_blocks(key_dim: int, value_dim: int) -> tuple[int, int]:
   return key_dim // math.gcd(key_dim, 2 * ROWS), value_dim // width
 
 
-def attend(
-  mode: Literal["h", "dq", "dk", "dv"],
-  a_BTHA: jax.Array,
-  b_BTHA: jax.Array,
-  c_BTHO: jax.Array,
-  state_BHN: jax.Array,
+def weigh(
+  a_BTHK: jax.Array,
+  b_BTHK: jax.Array,
   vector_BHNK: jax.Array,
   *,
   row_BH2T: jax.Array,
   column_BH2T: jax.Array,
   past_BHT: jax.Array,
   border_BT: jax.Array,
-  bias_BHT: jax.Array | None = None,
   floor_BHT: jax.Array | None = None,
   extra_BHT: jax.Array | None = None,
-  partner_BTHO: jax.Array | None = None,
+  cotangents: tuple[jax.Array, jax.Array, jax.Array] | None = None,
   chunk: int,
-  tiles: Tiles,
   normalize: bool = True,
-  low: bool = False,
   blocks: int = 132,
   interpret: Any = None,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-  """y_x = sum over z of (a_x b_z + bias) exp(row_x + column_z) c_z + past.
+) -> tuple[jax.Array, ...]:
+  """The weights of all pairs of tokens of a chunk, (a_x b_z) exp(row + column).
 
-  z runs over the tokens of the chunk that x sees: in "h" and "dq" those
-  before it, in "dk" and "dv" those after it, up to `border`, and itself. The
-  past is past_x a_x state; in "dq" and "dk", where the state is transposed
-  and the bias (of the reader, so x in "dq" and z in "dk") belongs to the
-  normaliser, also past_x bias_x vector and past_x vector.
-
-  In "h" the result is divided by max(|u|, floor) + extra with u the sum of
-  the weights.
+  x reads z, which comes before it or is itself, if not before `border_x`. With
+  `cotangents` (v_BTHV, dy_BTHV, bias_BHT) it is the other way round: x writes,
+  and z, after it up to `border_x` or itself, reads.
 
   Returns:
-    y in bfloat16. In "h" u; in "dv" y_x partner_x, from y before it is
-    rounded, plus the sum of (a_x b_z) exp(row_x + column_z) bias_z and past_x
-    a_x vector, which is the gradient of the input gate; in "dk" the past's
-    part of that, which is the past of y times partner_x. With `low` what
-    rounding took from y.
+    The weights, in bfloat16, of x and the place of z in its chunk: where no z
+    of a block of 128 is visible they are not written. Then u_x, the sum of the
+    weights plus past_x a_x vector, and the inverse of max(|u|, floor) + extra.
+    With `cotangents` the weights, the gradients (v_x dy_z + bias_z) exp(row +
+    column) of the scores, and the sum of weights times bias_z plus past_x a_x
+    vector.
+  """
+  batch, time, heads, key_dim = a_BTHK.shape
+  chunks, tiles = time // chunk, chunk // BLOCK
+  backward = cotangents is not None
+  items = batch * heads * chunks * tiles
+  blocks = min(blocks, items)
+  lap = max(blocks // tiles, 1)
+  rows, columns, bias_BHT = [a_BTHK], [b_BTHK], None
+  if cotangents is not None:
+    v_BTHV, dy_BTHV, bias_BHT = cotangents
+    rows, columns = [*rows, v_BTHV], [*columns, dy_BTHV]
+  outputs = 2 if backward else 1
+  stages = 5
+  unused = jnp.zeros((1, 1, BLOCK), F32)
+
+  def decode(index):
+    r, index = lax.rem(index, tiles), index // tiles
+    # Row tiles differ in work: a block must not meet the same one every time.
+    r = lax.rem(r + index // lap, tiles)
+    n, index = lax.rem(index, chunks), index // chunks
+    return index // heads, lax.rem(index, heads), n, r
+
+  def body(
+    x_refs, z_refs, vector_ref, row_ref, column_ref, past_ref, border_ref,
+    floor_ref, extra_ref, bias_ref, w_refs, u_refs,
+    x_smem, z_smem, vector_smem, column_smem, bias_smem, w_smem,
+    full, free, column_full, column_free, item_full, item_free,
+  ):  # fmt: skip
+    worker, block = lax.axis_index("worker"), lax.axis_index("block")
+    mine = (items - block + blocks - 1) // blocks
+    ring = _Ring(full, free, stages)
+    column_ring = _Ring(column_full, column_free, 2)
+    item_ring = _Ring(item_full, item_free, 2)
+
+    def others(r):
+      """The first of the other tiles that a row tile sees, and how many."""
+      return (r + 1, tiles - 1 - r) if backward else (0, r)
+
+    @pl.when(worker == 2)
+    def _load():
+      plgpu.set_max_registers(40, action="decrease")
+
+      def item(k, counts):
+        step, column = counts
+        b, h, n, r = decode(block + k * blocks)
+        t0 = n * chunk
+        x_tokens = pl.ds(t0 + r * BLOCK, BLOCK)
+        slot = item_ring.room(k)
+        for start, size in _copies(key_dim):
+          place = pl.ds(start, size)
+          item_ring.fill(
+            slot, vector_ref.at[b, h, n, place], vector_smem.at[slot, place]
+          )
+
+        def tile(c, counts):
+          step, column = counts
+          z_tokens = pl.ds(t0 + c * BLOCK, BLOCK)
+          slot = column_ring.room(column)
+          column_ring.fill(
+            slot, column_ref.at[b, h, :, z_tokens], column_smem.at[slot]
+          )
+          if backward:
+            column_ring.fill(
+              slot, bias_ref.at[b, h, z_tokens], bias_smem.at[slot]
+            )
+          for x_ref, z_ref in zip(x_refs, z_refs, strict=True):
+            for j in range(x_ref.shape[-1] // 64):
+              place = pl.ds(j * 64, 64)
+              slot = ring.room(step)
+              ring.fill(slot, x_ref.at[b, x_tokens, h, place], x_smem.at[slot])
+              ring.fill(slot, z_ref.at[b, z_tokens, h, place], z_smem.at[slot])
+              step += 1
+          return step, column + 1
+
+        first, count = others(r)
+        counts = tile(r, (step, column))
+        return lax.fori_loop(first, first + count, tile, counts)
+
+      lax.fori_loop(0, mine, item, (jnp.int32(0), jnp.int32(0)))
+
+    @pl.when(worker < 2)
+    def _compute():
+      plgpu.set_max_registers(232, action="increase")
+      half = pl.ds(worker * ROWS, ROWS)
+
+      def item(k, counts):
+        b, h, n, r = decode(block + k * blocks)
+        x_tokens = pl.ds(n * chunk + r * BLOCK + worker * ROWS, ROWS)
+
+        def of_rows(ref, *place):
+          return plgpu.load(
+            ref.at[*place, x_tokens], layout=ROW, optimized=False
+          )
+
+        row_x = [of_rows(row_ref, b, h, part) for part in range(2)]
+        border_x = of_rows(border_ref, b)
+        past_x = of_rows(past_ref, b, h)
+        # Counted from the first column of the row tile's own block.
+        border_x = border_x - r * BLOCK
+        vector_slot = item_ring.take(k)
+
+        def scores(step, dim, dot_x=None):
+          """a b^T over `dim` numbers, and with dot_x a times the vector."""
+
+          def add(multiply, dot_x):
+            for j in range(dim // 64):
+              slot = ring.take(step + j)
+              x_ref = x_smem.at[slot, half]
+              multiply(x_ref, z_smem.at[slot].transpose((1, 0)))
+              if dot_x is not None:
+                part_xk = plgpu.load(x_ref, layout=MATRIX).astype(F32)
+                n_k = plgpu.load(
+                  vector_smem.at[vector_slot, pl.ds(j * 64, 64)], layout=COLUMN
+                )
+                dot_x = dot_x + (part_xk * _over_rows(n_k, ROWS)).sum(axis=1)
+              if j:
+                plgpu.wgmma_wait(1)
+                ring.release(step + j - 1)
+            return dot_x
+
+          zeros = plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), F32), MATRIX)
+          s_xz, dot_x = _accumulate(zeros, dot_x, add, interpret)
+          ring.release(step + dim // 64 - 1)
+          return s_xz, dot_x, step + dim // 64
+
+        def visit(c, carry, *, diagonal):
+          step, column, u_x = carry
+          if diagonal:
+            s_xz, u_x, step = scores(step, key_dim, u_x)
+            u_x = u_x * past_x
+            item_ring.release(k)
+          else:
+            s_xz, _, step = scores(step, key_dim)
+          g_xz = None
+          if backward:
+            g_xz, _, step = scores(step, columns[1].shape[-1])
+          slot = column_ring.take(column)
+          last_x = border_x + (r - c) * BLOCK
+          stored = 0
+
+          def save(x, target_ref, start):
+            nonlocal stored
+            place = pl.ds(c * BLOCK + start, 64)
+            buffer = w_smem.at[worker, stored % 2]
+            target_ref = target_ref.at[b, h, x_tokens, place]
+            _store(buffer, x.astype(BF16), target_ref, others=1)
+            stored += 1
+
+          for part in range(BLOCK // 64):
+            start = part * 64
+            place = slice(start, start + 64)
+
+            def of_columns(ref, start=start):
+              z_k = plgpu.load(ref.at[pl.ds(start, 64)], layout=COLUMN)
+              return _over_rows(z_k, ROWS)
+
+            log_w = [
+              _over_columns(row_x[i], 64) + of_columns(column_smem.at[slot, i])
+              for i in range(2)
+            ]
+            z = _iota(1, interpret) + start
+            border = _over_columns(last_x, 64)
+            visible = z <= border if backward else z >= border
+            if diagonal:
+              x = _iota(0, interpret) + worker * ROWS
+              visible = visible & ((z >= x) if backward else (z <= x))
+            w_xz = jnp.exp(jnp.where(visible, log_w[0] + log_w[1], -jnp.inf))
+            s_w = s_xz[:, place] * w_xz
+            save(s_w, w_refs[0], start)
+            if backward:
+              bias = of_columns(bias_smem.at[slot])
+              u_x = u_x + (s_w * bias).sum(axis=1)
+              save((g_xz[:, place] + bias) * w_xz, w_refs[1], start)
+            else:
+              u_x = u_x + s_w.sum(axis=1)
+          column_ring.release(column)
+          return step, column + 1, u_x
+
+        u_x = plgpu.layout_cast(jnp.zeros((ROWS,), F32), ROW)
+        carry = visit(r, (*counts, u_x), diagonal=True)
+        first, count = others(r)
+        step, column, u_x = lax.fori_loop(
+          first,
+          first + count,
+          functools.partial(visit, diagonal=False),
+          carry,
+        )
+        u_refs[0].at[b, h, x_tokens][...] = u_x
+        if not backward:
+          size_x = of_rows(floor_ref, b, h)
+          if normalize:
+            size_x = jnp.where(jnp.abs(u_x) > size_x, jnp.abs(u_x), size_x)
+            size_x = size_x + of_rows(extra_ref, b, h)
+          u_refs[1].at[b, h, x_tokens][...] = 1 / size_x
+        return step, column
+
+      lax.fori_loop(0, mine, item, (jnp.int32(0), jnp.int32(0)))
+      plgpu.wait_smem_to_gmem(0)
+
+  pairs_type = jax.ShapeDtypeStruct((batch, heads, time, chunk), BF16)
+  sums_type = jax.ShapeDtypeStruct(past_BHT.shape, F32)
+  vectors = len(_copies(key_dim))
+  weights, sums_ = plgpu.kernel(
+    body,
+    out_type=((pairs_type,) * outputs, (sums_type,) * (3 - outputs)),
+    grid=(blocks,),
+    grid_names=("block",),
+    num_threads=3,
+    thread_name="worker",
+    scratch_types=(
+      _smem(stages, BLOCK, 64),
+      _smem(stages, BLOCK, 64),
+      plgpu.SMEM((2, key_dim), F32),
+      plgpu.SMEM((2, 2, BLOCK), F32),
+      plgpu.SMEM((2, BLOCK), F32),
+      _smem(2, 2, ROWS, 64),
+      plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+      plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+      plgpu.Barrier(num_arrivals=outputs, num_barriers=2),
+      plgpu.Barrier(num_arrivals=2, num_barriers=2),
+      plgpu.Barrier(num_arrivals=vectors, num_barriers=2),
+      plgpu.Barrier(num_arrivals=2, num_barriers=2),
+    ),
+    compiler_params=_COMPILER,
+    interpret=interpret,
+  )(
+    rows,
+    columns,
+    vector_BHNK,
+    row_BH2T,
+    column_BH2T,
+    past_BHT,
+    border_BT,
+    *(unused if x is None else x for x in (floor_BHT, extra_BHT, bias_BHT)),
+  )
+  return *weights, *sums_
+
+
+def combine(
+  mode: Literal["h", "dq", "dk", "dv"],
+  a_BTHA: jax.Array,
+  state_BHN: jax.Array,
+  w_BHTZ: jax.Array,
+  c_BTHO: jax.Array,
+  *,
+  past_BHT: jax.Array,
+  factor_BHT: jax.Array | None = None,
+  vector_BHNO: jax.Array | None = None,
+  partner_BTHO: jax.Array | None = None,
+  low: bool = False,
+  chunk: int,
+  blocks: int = 132,
+  interpret: Any = None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+  """y_x = past_x a_x state + the sum over z of w_xz c_z.
+
+  z runs over the tokens of the chunk that x sees: in "h" and "dq" those up to
+  its block of 128, in "dk" and "dv" those from there on. The state is
+  transposed in "dq" and "dk", and so are in "dq" the weights. "h" is multiplied
+  by factor_x in the end; "dq" and "dk" have the vector added to a_x state, "dq"
+  factor_x times it.
+
+  Returns:
+    y in bfloat16. With a partner y_x partner_x, from y before it is rounded,
+    in "dk" only of the part from the state. With `low` what rounding took from
+    y.
   """
   batch, time, heads, dim = a_BTHA.shape
   out_dim = c_BTHO.shape[-1]
-  reverse = mode in ("dk", "dv")
+  chunks, row_tiles = time // chunk, chunk // BLOCK
+  later = mode in ("dk", "dv")
   transposed = mode in ("dq", "dk")
-  chunks, row_tiles, col_tiles = time // chunk, chunk // 128, chunk // TOKENS
-  key_parts = dim // tiles.keys
-  parts = tiles.outputs // tiles.values
-  out_tiles = out_dim // tiles.outputs
+  width = out_width(out_dim)
+  out_tiles = out_dim // width
   items = batch * heads * chunks * row_tiles * out_tiles
   blocks = min(blocks, items)
   lap = max(blocks // (row_tiles * out_tiles), 1)
-  has_bias, has_sums = mode != "h", not transposed
-  has_partner = mode in ("dk", "dv")
-  ahead = tiles.key_buffers >= key_parts  # a first key tile fits in the ring
-  vector_dim = tiles.outputs if transposed else dim
-  vector_parts = [
-    (start, min(MAX_COPY, vector_dim - start))
-    for start in range(0, vector_dim, MAX_COPY)
-  ]
+  stages, stores = combine_buffers(width)
+  unused = jnp.zeros((1, 1, 64), F32)
 
   def decode(index):
     o, index = lax.rem(index, out_tiles), index // out_tiles
@@ -286,373 +518,202 @@ def attend(
     n, index = lax.rem(index, chunks), index // chunks
     return index // heads, lax.rem(index, heads), n, r, o
 
-  def columns(r):
-    """How many column tiles a row tile sees, and which one the i-th is.
-
-    Those on the diagonal come last.
-    """
-    if reverse:
-      return col_tiles - 2 * r, lambda i: col_tiles - 1 - i
-    return 2 * r + 2, lambda i: i
-
   def body(
-    a_ref, b_ref, c_ref, state_ref, vector_ref,
-    row_ref, column_ref, past_ref, border_ref, bias_ref, floor_ref, extra_ref,
-    partner_ref, y_ref, u_ref, low_ref,
-    a_smem, b_smem, c_smem, y_smem, vector_smem,
-    row_smem, column_smem, past_smem, border_smem, bias_smem, floor_smem,
-    extra_smem, a_full, a_free, b_full, b_free, c_full, c_free,
+    a_ref, state_ref, w_ref, c_ref, past_ref, factor_ref, vector_ref,
+    partner_ref, y_ref, dot_ref, low_ref,
+    a_smem, c_smem, vector_smem, y_smem, full, free, item_full, item_free,
   ):  # fmt: skip
+    a_smem, across_smem = a_smem if mode == "dq" else (a_smem, a_smem)
     c_smem, state_smem = c_smem if transposed else (c_smem, c_smem)
-    worker = lax.axis_index("worker")
-    block = lax.axis_index("block")
+    worker, block = lax.axis_index("worker"), lax.axis_index("block")
     mine = (items - block + blocks - 1) // blocks
+    ring = _Ring(full, free, stages)
+    item_ring = _Ring(item_full, item_free, 2)
 
-    def output_columns(o, part):
-      return pl.ds(o * tiles.outputs + part * tiles.values, tiles.values)
+    def seen(r):
+      """The first pair of tiles of 64 tokens that a row tile sees; the end."""
+      return (r, row_tiles) if later else (0, r + 1)
 
     @pl.when(worker == 2)
     def _load():
       plgpu.set_max_registers(40, action="decrease")
 
-      def put(source, ring, count, full, free, size):
-        slot = lax.rem(count, size)
-
-        @pl.when(count >= size)
-        def _wait():
-          plgpu.barrier_wait(free.at[slot])
-
-        plgpu.copy_gmem_to_smem(source, ring.at[slot], full.at[slot])
-        return count + 1
-
-      def put_key(source, count):
-        return put(source, b_smem, count, b_full, b_free, tiles.key_buffers)
-
-      def put_value(source, count, ring):
-        return put(source, ring, count, c_full, c_free, tiles.value_buffers)
-
-      def item(k, counts):
-        nb, nc = counts
+      def item(k, step):
         b, h, n, r, o = decode(block + k * blocks)
         t0 = n * chunk
-
-        rows, every = pl.ds(t0 + r * 128, 128), pl.ds(t0, chunk)
-        halves = [pl.ds(t0 + r * 128 + w * ROWS, ROWS) for w in range(2)]
-        count, column = columns(r)
-
-        def put_keys(i, nb):
-          tokens = pl.ds(t0 + column(i) * TOKENS, TOKENS)
-          for part in range(key_parts):
-            place = pl.ds(part * tiles.keys, tiles.keys)
-            nb = put_key(b_ref.at[b, tokens, h, place], nb)
-          return nb
-
-        if ahead:
-          nb = put_keys(0, nb)
-
-        @pl.when(k > 0)
-        def _wait():
-          plgpu.barrier_wait(a_free)
-
-        for half in range(2):
-          plgpu.copy_gmem_to_smem(
-            a_ref.at[b, halves[half], h], a_smem.at[half], a_full
-          )
-        plgpu.copy_gmem_to_smem(border_ref.at[b, rows], border_smem, a_full)
-        plgpu.copy_gmem_to_smem(row_ref.at[b, h, :, rows], row_smem, a_full)
-        plgpu.copy_gmem_to_smem(
-          column_ref.at[b, h, :, every], column_smem, a_full
-        )
-        vectors = [(past_ref, past_smem, rows)]
-        if has_bias:
-          vectors.append((bias_ref, bias_smem, rows if mode == "dq" else every))
-        if mode == "h":
-          vectors += [
-            (floor_ref, floor_smem, rows),
-            (extra_ref, extra_smem, rows),
-          ]
-        for source, target, tokens in vectors:
-          plgpu.copy_gmem_to_smem(source.at[b, h, tokens], target, a_full)
-        first = o * tiles.outputs if transposed else 0
-        for start, size in vector_parts:
-          plgpu.copy_gmem_to_smem(
-            vector_ref.at[b, h, n, pl.ds(first + start, size)],
-            vector_smem.at[pl.ds(start, size)],
-            a_full,
+        rows = pl.ds(t0 + r * BLOCK, BLOCK)
+        columns = pl.ds(o * width, width)
+        if transposed:
+          slot = item_ring.room(k)
+          item_ring.fill(
+            slot, vector_ref.at[b, h, n, columns], vector_smem.at[slot]
           )
         for j in range(dim // 64):
-          for part in range(parts):
-            place = (pl.ds(j * 64, 64), output_columns(o, part))
-            place = place[::-1] if transposed else place
-            nc = put_value(state_ref.at[b, h, n, *place], nc, state_smem)
+          slot = ring.room(step)
+          part = pl.ds(j * 64, 64)
+          place = (columns, part) if transposed else (part, columns)
+          ring.fill(slot, a_ref.at[b, rows, h, part], a_smem.at[slot])
+          ring.fill(slot, state_ref.at[b, h, n, *place], state_smem.at[slot])
+          step += 1
 
-        def tile(i, counts):
-          nb, nc = counts
-          if ahead:
-            nb = lax.cond(i + 1 < count, put_keys, lambda _, nb: nb, i + 1, nb)
-          else:
-            nb = put_keys(i, nb)
-          tokens = pl.ds(t0 + column(i) * TOKENS, TOKENS)
-          for part in range(parts):
-            place = output_columns(o, part)
-            nc = put_value(c_ref.at[b, tokens, h, place], nc, c_smem)
-          return nb, nc
-
-        def partner(nc):
+        def partner(step):
           for half in range(2):
-            for part in range(parts):
-              place = output_columns(o, part)
-              nc = put_value(
-                partner_ref.at[b, halves[half], h, place], nc, c_smem
-              )
-          return nc
+            slot = ring.room(step)
+            tokens = pl.ds(t0 + r * BLOCK + half * ROWS, ROWS)
+            ring.fill(
+              slot, partner_ref.at[b, tokens, h, columns], c_smem.at[slot]
+            )
+            plgpu.barrier_arrive(full.at[slot])
+            step += 1
+          return step
+
+        def tile(z, step):
+          slot = ring.room(step)
+          tokens = pl.ds(t0 + z * 64, 64)
+          if mode == "dq":
+            ring.fill(
+              slot,
+              w_ref.at[b, h, tokens, pl.ds(r * BLOCK, BLOCK)],
+              across_smem.at[slot],
+            )
+          else:
+            ring.fill(
+              slot, w_ref.at[b, h, rows, pl.ds(z * 64, 64)], a_smem.at[slot]
+            )
+          ring.fill(slot, c_ref.at[b, tokens, h, columns], c_smem.at[slot])
+          return step + 1
 
         if mode == "dk":
-          nc = partner(nc)
-        nb, nc = lax.fori_loop(0, count, tile, (nb, nc))
+          step = partner(step)
+        first, end = seen(r)
+        step = lax.fori_loop(2 * first, 2 * end, tile, step)
         if mode == "dv":
-          nc = partner(nc)
-        return nb, nc
+          step = partner(step)
+        return step
 
-      lax.fori_loop(0, mine, item, (jnp.int32(0), jnp.int32(0)))
+      lax.fori_loop(0, mine, item, jnp.int32(0))
 
     @pl.when(worker < 2)
     def _compute():
       plgpu.set_max_registers(232, action="increase")
-      a_xa = a_smem.at[worker]
+      half = pl.ds(worker * ROWS, ROWS)
 
-      def take(count, full, size):
-        slot = lax.rem(count, size)
-        plgpu.barrier_wait(full.at[slot])
-        return slot
-
-      def take_value(count):
-        return take(count, c_full, tiles.value_buffers)
-
-      def release(count, free, size):
-        plgpu.barrier_arrive(free.at[lax.rem(count, size)])
-
-      def release_key(count):
-        release(count, b_free, tiles.key_buffers)
-
-      def release_value(count):
-        release(count, c_free, tiles.value_buffers)
-
-      def scores(nb):
-        """a b^T, and the count of key buffers after it."""
-
-        def add(multiply):
-          for part in range(key_parts):
-            slot = take(nb + part, b_full, tiles.key_buffers)
-            place = pl.ds(part * tiles.keys, tiles.keys)
-            multiply(a_xa.at[:, place], b_smem.at[slot].transpose((1, 0)))
-            if part:
-              plgpu.wgmma_wait(1)
-              release_key(nb + part - 1)
-
-        s_xz = _accumulate(add, (ROWS, TOKENS), interpret)
-        release_key(nb + key_parts - 1)
-        return s_xz, nb + key_parts
-
-      def partner_product(y, nc):
+      def partner_product(y, step):
         """Every row of y times that of its partner."""
+        slots = [ring.take(step + part) for part in range(2)]
+        slot = jnp.where(worker == 0, *slots)
         dot_x = plgpu.layout_cast(jnp.zeros((ROWS,), F32), ROW)
-        for half in range(2):
-          for part in range(parts):
-            slot = take_value(nc)
-            weight = (worker == half).astype(F32)
-            for j in range(tiles.values // 64):
-              place = slice(j * 64, (j + 1) * 64)
-              other = plgpu.load(c_smem.at[slot, :, place], layout=MATRIX)
-              product = (y[part][:, place] * other.astype(F32)).sum(axis=1)
-              dot_x = dot_x + weight * product
-            release_value(nc)
-            nc = nc + 1
-        return dot_x, nc
+        for j in range(width // 64):
+          place = slice(j * 64, (j + 1) * 64)
+          other = plgpu.load(c_smem.at[slot, :, place], layout=MATRIX)
+          dot_x = dot_x + (y[:, place] * other.astype(F32)).sum(axis=1)
+        for part in range(2):
+          ring.release(step + part)
+        return dot_x, step + 2
 
-      def item(k, counts):
-        nb, nc = counts
+      def item(k, step):
         b, h, n, r, o = decode(block + k * blocks)
-        t0 = n * chunk
-        rows = pl.ds(t0 + r * 128 + worker * ROWS, ROWS)
-
-        half = pl.ds(worker * ROWS, ROWS)
+        rows = pl.ds(n * chunk + r * BLOCK + worker * ROWS, ROWS)
 
         def of_rows(ref):
-          return plgpu.load(ref.at[half], layout=ROW)
+          return plgpu.load(ref.at[b, h, rows], layout=ROW, optimized=False)
 
-        def of_columns(ref, start, width=TOKENS):
-          return plgpu.load(ref.at[pl.ds(start, width)], layout=COLUMN)
+        past_x = of_rows(past_ref)
+        factor_x = of_rows(factor_ref) if mode in ("h", "dq") else None
 
-        plgpu.barrier_wait(a_full)
-        row_x = [of_rows(row_smem.at[part]) for part in range(2)]
-        past_x = of_rows(past_smem)
-        border_x = of_rows(border_smem)
-        bias_x = of_rows(bias_smem) if mode == "dq" else None
-
-        u_x = jnp.float32(0)
-        if has_sums:
-          u_x = plgpu.layout_cast(jnp.zeros((ROWS,), F32), ROW)
+        def read_state(multiply, x):
           for j in range(dim // 64):
-            place = pl.ds(j * 64, 64)
-            part_xk = plgpu.load(a_xa.at[:, place], layout=MATRIX).astype(F32)
-            n_k = of_columns(vector_smem, j * 64)
-            u_x = u_x + (part_xk * _over_rows(n_k, ROWS)).sum(axis=1)
-          u_x = u_x * past_x
-
-        def read_state(multiply):
-          for index in range(reads):
-            j, part = divmod(index, parts)
-            state = state_smem.at[take_value(nc + index)]
+            slot = ring.take(step + j)
+            state = state_smem.at[slot]
             state = state.transpose((1, 0)) if transposed else state
-            multiply(part, a_xa.at[:, pl.ds(j * 64, 64)], state)
-            if index:
+            multiply(a_smem.at[slot, half], state)
+            if j:
               plgpu.wgmma_wait(1)
-              release_value(nc + index - 1)
+              ring.release(step + j - 1)
+          return x
 
-        reads = dim // 64 * parts
-        zeros = jnp.zeros((ROWS, tiles.values), F32)
-        y = [plgpu.layout_cast(zeros, MATRIX)] * parts
-        y = _accumulate_onto(y, read_state, interpret)
-        release_value(nc + reads - 1)
-        nc = nc + reads
-        for part in range(parts):
-          if transposed:
-            n_k = of_columns(vector_smem, part * tiles.values, tiles.values)
-            bias = _over_rows(n_k, ROWS)
-            if mode == "dq":
-              bias = bias * _over_columns(bias_x, tiles.values)
-            y[part] = y[part] + bias
-          y[part] = y[part] * _over_columns(past_x, tiles.values)
-        if mode == "dk":
-          u_ref.at[o, b, h, rows][...], nc = partner_product(y, nc)
-
-        def visit(i, carry, *, diagonal):
-          nb, nc, u_x, *y = carry
-          j = column(i)
-          s_xz, nb = scores(nb)
-
-          def exponent(part):
-            column_z = of_columns(column_smem.at[part], j * TOKENS)
-            return _over_columns(row_x[part], TOKENS) + _over_rows(
-              column_z, ROWS
-            )
-
-          log_w = exponent(0) + exponent(1)
-          z = _iota(1, interpret)
-          border = _over_columns(border_x, TOKENS) - j * TOKENS
-          visible = z <= border if reverse else z >= border
-          if diagonal:
-            x = _iota(0, interpret)
-            visible = visible & ((z >= x) if reverse else (z <= x))
-          log_w = jnp.where(visible, log_w, -jnp.inf)
+        y = plgpu.layout_cast(jnp.zeros((ROWS, width), F32), MATRIX)
+        y, _ = _accumulate(y, None, read_state, interpret)
+        step = step + dim // 64
+        ring.release(step - 1)
+        if transposed:
+          n_k = plgpu.load(vector_smem.at[item_ring.take(k)], layout=COLUMN)
+          bias = _over_rows(n_k, ROWS)
           if mode == "dq":
-            s_xz = s_xz + _over_columns(bias_x, TOKENS)
+            bias = bias * _over_columns(factor_x, width)
+          y = y + bias
+          item_ring.release(k)
+        y = y * _over_columns(past_x, width)
+        dot_x = None
+        if mode == "dk":
+          dot_x, step = partner_product(y, step)
 
-          def bias_of_columns():
-            return _over_rows(of_columns(bias_smem, j * TOKENS), ROWS)
+        def pair(_, carry):
+          step, y = carry
 
-          if mode == "dk":
-            s_xz = s_xz + bias_of_columns()
-          w_xz = s_xz * jnp.exp(log_w)
-          if mode == "h":
-            u_x = u_x + w_xz.sum(axis=1)
-          elif mode == "dv":
-            u_x = u_x + (w_xz * bias_of_columns()).sum(axis=1)
-          w_xz = w_xz.astype(BF16)
-          if diagonal:
-            # The last use of what was loaded for the item as a whole.
-            if mode == "h":
-              edges.extend(of_rows(ref) for ref in (floor_smem, extra_smem))
-            plgpu.barrier_arrive(a_free)
-
-          def add_values(multiply):
-            for part in range(parts):
-              multiply(part, w_xz, c_smem.at[take_value(nc + part)])
+          def add(multiply, x):
+            for part in range(2):
+              slot = ring.take(step + part)
+              if mode == "dq":
+                w_ref = across_smem.at[slot, :, half].transpose((1, 0))
+              else:
+                w_ref = a_smem.at[slot, half]
+              multiply(w_ref, c_smem.at[slot])
               if part:
                 plgpu.wgmma_wait(1)
-                release_value(nc + part - 1)
+                ring.release(step)
+            return x
 
-          y = _accumulate_onto(y, add_values, interpret)
-          release_value(nc + parts - 1)
-          return nb, nc + parts, u_x, *y
+          y, _ = _accumulate(y, None, add, interpret)
+          ring.release(step + 1)
+          return step + 2, y
 
-        def skip(_, counts):
-          nb, nc = counts
-          for part in range(key_parts):
-            take(nb + part, b_full, tiles.key_buffers)
-            release_key(nb + part)
-          for part in range(parts):
-            take_value(nc + part)
-            release_value(nc + part)
-          return nb + key_parts, nc + parts
-
-        edges = []
-        count, column = columns(r)
-        own = count - 1 - worker if reverse else count - 2 + worker
-        inner = functools.partial(visit, diagonal=False)
-        carry = lax.fori_loop(0, own, inner, (nb, nc, u_x, *y))
-        nb, nc, u_x, *y = visit(own, carry, diagonal=True)
-        nb, nc = lax.fori_loop(own + 1, count, skip, (nb, nc))
+        first, end = seen(r)
+        step, y = lax.fori_loop(first, end, pair, (step, y))
         if mode == "h":
-          size_x, extra_x = edges
-          if normalize:
-            size_x = jnp.where(jnp.abs(u_x) > size_x, jnp.abs(u_x), size_x)
-            size_x = size_x + extra_x
-          y = [x * _over_columns(1 / size_x, tiles.values) for x in y]
-
-          @pl.when(o == 0)
-          def _save():
-            u_ref.at[b, h, rows][...] = u_x
-
+          y = y * _over_columns(factor_x, width)
         if mode == "dv":
-          dot_x, nc = partner_product(y, nc)
-          u_ref.at[o, b, h, rows][...] = dot_x + u_x * (o == 0).astype(F32)
+          dot_x, step = partner_product(y, step)
+        if later:
+          dot_ref.at[o, b, h, rows][...] = dot_x
 
         stored = 0
 
         def save(x, target_ref, start):
           nonlocal stored
-          place = pl.ds(o * tiles.outputs + start, 64)
-          target_ref = target_ref.at[b, rows, h, place]
-          if not tiles.stages:
-            _write(target_ref, x)
-            return
-          buffer = y_smem.at[worker, stored % tiles.stages]
-          _store(buffer, x, target_ref, others=tiles.stages - 1)
+          place = pl.ds(o * width + start, 64)
+          _store(
+            y_smem.at[worker, stored % stores],
+            x,
+            target_ref.at[b, rows, h, place],
+            others=stores - 1,
+          )
           stored += 1
 
-        for part in range(parts):
-          for j in range(tiles.values // 64):
-            exact = y[part][:, j * 64 : (j + 1) * 64]
-            rounded = exact.astype(BF16)
-            save(rounded, y_ref, part * tiles.values + j * 64)
-            if low:
-              rest = (exact - rounded.astype(F32)).astype(BF16)
-              save(rest, low_ref, part * tiles.values + j * 64)
-        return nb, nc
+        for j in range(width // 64):
+          exact = y[:, j * 64 : (j + 1) * 64]
+          rounded = exact.astype(BF16)
+          save(rounded, y_ref, j * 64)
+          if low:
+            save((exact - rounded.astype(F32)).astype(BF16), low_ref, j * 64)
+        return step
 
-      lax.fori_loop(0, mine, item, (jnp.int32(0), jnp.int32(0)))
+      lax.fori_loop(0, mine, item, jnp.int32(0))
       plgpu.wait_smem_to_gmem(0)
 
-  unused = jnp.zeros((1, 1, TOKENS), F32)
-  value_ring = _smem(tiles.value_buffers, TOKENS, tiles.values)
+  a_ring = _smem(stages, BLOCK, 64)
+  if mode == "dq":
+    a_ring = plgpu.RefUnion(a_ring, _smem(stages, 64, BLOCK))
+  c_ring = _smem(stages, 64, width)
   if transposed:
-    value_ring = plgpu.RefUnion(
-      value_ring, _smem(tiles.value_buffers, tiles.values, 64)
-    )
-  u_shape = (out_tiles, *past_BHT.shape)
-  if not has_partner:
-    u_shape = past_BHT.shape if mode == "h" else unused.shape
-  bias_width = {"h": 16, "dq": 128}.get(mode, chunk)
-  edge_width = 128 if mode == "h" else 16
-  a_arrivals = 6 + len(vector_parts) + has_bias + 2 * (mode == "h")
+    c_ring = plgpu.RefUnion(c_ring, _smem(stages, width, 64))
   y_type = jax.ShapeDtypeStruct((batch, time, heads, out_dim), BF16)
-  y, u, y_low = plgpu.kernel(
+  dot_shape = (out_tiles, *past_BHT.shape) if later else (16,)
+  y, dot, y_low = plgpu.kernel(
     body,
     out_type=(
       y_type,
-      jax.ShapeDtypeStruct(u_shape, F32),
+      jax.ShapeDtypeStruct(dot_shape, F32),
       y_type if low else jax.ShapeDtypeStruct((16,), BF16),
     ),
     grid=(blocks,),
@@ -660,45 +721,80 @@ def attend(
     num_threads=3,
     thread_name="worker",
     scratch_types=(
-      _smem(2, ROWS, dim),
-      _smem(tiles.key_buffers, TOKENS, tiles.keys),
-      value_ring,
-      _smem(2, tiles.stages, ROWS, 64)
-      if tiles.stages
-      else plgpu.SMEM((16,), F32),
-      plgpu.SMEM((vector_dim,), F32),
-      plgpu.SMEM((2, 128), F32),
-      plgpu.SMEM((2, chunk), F32),
-      plgpu.SMEM((128,), F32),
-      plgpu.SMEM((128,), jnp.int32),
-      plgpu.SMEM((bias_width,), F32),
-      plgpu.SMEM((edge_width,), F32),
-      plgpu.SMEM((edge_width,), F32),
-      plgpu.Barrier(num_arrivals=a_arrivals),
-      plgpu.Barrier(num_arrivals=2),
-      plgpu.Barrier(num_barriers=tiles.key_buffers),
-      plgpu.Barrier(num_arrivals=2, num_barriers=tiles.key_buffers),
-      plgpu.Barrier(num_barriers=tiles.value_buffers),
-      plgpu.Barrier(num_arrivals=2, num_barriers=tiles.value_buffers),
+      a_ring,
+      c_ring,
+      plgpu.SMEM((2, width), F32),
+      _smem(2, stores, ROWS, 64),
+      plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+      plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+      plgpu.Barrier(num_arrivals=1, num_barriers=2),
+      plgpu.Barrier(num_arrivals=2, num_barriers=2),
     ),
     compiler_params=_COMPILER,
     interpret=interpret,
   )(
     a_BTHA,
-    b_BTHA,
-    c_BTHO,
     state_BHN,
-    vector_BHNK,
-    row_BH2T,
-    column_BH2T,
+    w_BHTZ,
+    c_BTHO,
     past_BHT,
-    border_BT,
     *(
       unused if x is None else x
-      for x in (bias_BHT, floor_BHT, extra_BHT, partner_BTHO)
+      for x in (factor_BHT, vector_BHNO, partner_BTHO)
     ),
   )
-  return y, (jnp.sum(u, axis=0) if has_partner else u), y_low if low else None
+  return y, jnp.sum(dot, axis=0) if later else None, y_low if low else None
+
+
+def out_width(out_dim: int) -> int:
+  """How many columns of the result a block of `combine` computes."""
+  return next(w for w in range(256, 0, -64) if out_dim % w == 0)
+
+
+def combine_buffers(width: int) -> tuple[int, int]:
+  """Buffers of the ring of `combine`, and those of a warpgroup's results."""
+  stores = 2 if width <= 192 else 1
+  left = SHARED_MEMORY - RESERVED - stores * 4 * ROWS * 64
+  return min(left // (2 * 64 * (BLOCK + width)), 8), stores
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ring:
+  """Buffers that one warpgroup fills by TMA and two read, in turn."""
+
+  full: Any
+  free: Any
+  size: int
+
+  def room(self, count):
+    """The buffer for that count, once it is free."""
+    slot = lax.rem(count, self.size)
+
+    @pl.when(count >= self.size)
+    def _wait():
+      plgpu.barrier_wait(self.free.at[slot])
+
+    return slot
+
+  def fill(self, slot, source, target):
+    """Starts a copy that will count for the buffer."""
+    plgpu.copy_gmem_to_smem(source, target, self.full.at[slot])
+
+  def take(self, count):
+    """The buffer of that count, once it is full."""
+    slot = lax.rem(count, self.size)
+    plgpu.barrier_wait(self.full.at[slot])
+    return slot
+
+  def release(self, count):
+    plgpu.barrier_arrive(self.free.at[lax.rem(count, self.size)])
+
+
+def _copies(dim: int) -> list[tuple[int, int]]:
+  """Starts and sizes of the copies of a vector of `dim` numbers."""
+  return [
+    (start, min(MAX_COPY, dim - start)) for start in range(0, dim, MAX_COPY)
+  ]
 
 
 def _smem(*shape: int):
@@ -725,43 +821,11 @@ def _iota(axis, interpret):
   return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
 
 
-def _accumulate(add, shape, interpret):
-  """The sum of all products that `add` makes with the function it is given."""
-  if interpret:
-    products = []
-    add(lambda a_ref, b_ref: products.append(_multiply(a_ref, b_ref)))
-    return sum(products)
-
-  def run(y_ref):
-    add(functools.partial(plgpu.wgmma, y_ref))
-    return y_ref[...]
-
-  return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, F32))
-
-
-def _accumulate_onto(ys, add, interpret) -> list[Any]:
-  """Each y plus all products that `add` makes for its index.
+def _accumulate(y, x, add, interpret) -> Any:
+  """y plus all products that `add` makes, and what `add` makes of x.
 
   Interpret mode knows no product into a given accumulator.
   """
-  if interpret:
-    sums = list(ys)
-
-    def multiply(index, a, b_ref):
-      sums[index] = sums[index] + _multiply(a, b_ref)
-
-    add(multiply)
-    return sums
-
-  def run(refs):
-    add(lambda index, a, b_ref: plgpu.wgmma(refs[index], a, b_ref))
-
-  accumulators = tuple(plgpu.WGMMAAccumulatorRef.init(y) for y in ys)
-  return list(pl.run_state(run)(accumulators))
-
-
-def _accumulate_with(y, x, add, interpret) -> Any:
-  """y plus all products that `add` makes, and what `add` makes of x."""
   if interpret:
     products = [y]
     x = add(lambda a, b_ref: products.append(_multiply(a, b_ref)), x)
@@ -769,7 +833,12 @@ def _accumulate_with(y, x, add, interpret) -> Any:
 
   def run(refs):
     y_ref, x_ref = refs
-    x_ref[...] = add(functools.partial(plgpu.wgmma, y_ref), x_ref[...])
+    made = add(
+      functools.partial(plgpu.wgmma, y_ref),
+      None if x_ref is None else x_ref[...],
+    )
+    if x_ref is not None:
+      x_ref[...] = made
 
   return pl.run_state(run)((plgpu.WGMMAAccumulatorRef.init(y), x))
 
@@ -777,17 +846,6 @@ def _accumulate_with(y, x, add, interpret) -> Any:
 def _multiply(a, b_ref):
   a = a if isinstance(a, jax.Array) else a[...]
   return jnp.dot(a, b_ref[...], preferred_element_type=F32)
-
-
-def _write(target_ref, x):
-  """Writes x from registers, 16 bytes of every row at a time.
-
-  From 0.12 on jax wants to be told that whole sectors are not asked for.
-  """
-  if hasattr(plgpu, "store"):
-    plgpu.store(target_ref, x, optimized=False)
-  else:
-    target_ref[...] = x
 
 
 def _store(buffer_ref, x, target_ref, *, others=0):
