@@ -217,18 +217,23 @@ def _forward(
     normalize=opt.normalize,
     interpret=opt.interpret,
   )
-  h, _, h_low = _kernels().combine(
-    "h",
-    q,
-    C_BHNKV,
-    w_BHTZ,
-    v,
-    past_BHT=s.past_BHT,
-    factor_BHT=inverse_BHT,
-    low=keep,
+  (results,) = _kernels().combine(
+    [
+      _kernels().Sum(
+        "h",
+        q,
+        C_BHNKV,
+        w_BHTZ,
+        v,
+        s.past_BHT,
+        factor_BHT=inverse_BHT,
+        low=keep,
+      )
+    ],
     chunk=opt.chunk,
     interpret=opt.interpret,
   )
+  h, h_low = results["y"], results.get("low")
   kept = (q, k, v, h, h_low, u_BHT, s, C, C_BHNKV, n_BHNK)
   return (h, C_last, n_last, s.m_last_BH), kept
 
@@ -262,33 +267,36 @@ def _backward(opt, kept, cotangents):
     chunk=opt.chunk,
     interpret=opt.interpret,
   )
-  combine = partial(
-    _kernels().combine, chunk=opt.chunk, interpret=opt.interpret
+  sum_ = _kernels().Sum
+  of_q, of_k, of_v = _kernels().combine(
+    [
+      sum_(
+        "dq",
+        dy,
+        C_BHNKV,
+        dscores_BHTZ,
+        k,
+        s.past_BHT,
+        factor_BHT=bias_BHT,
+        vector_BHNO=n_BHNK,
+      ),
+      sum_(
+        "dk",
+        v,
+        D_BHNKV,
+        dscores_BHTZ,
+        q,
+        s.write_BHT,
+        vector_BHNO=dn_BHNK,
+        partner_BTHO=k,
+      ),
+      sum_("dv", k, D_BHNKV, w_BHTZ, dy, s.write_BHT, partner_BTHO=v),
+    ],
+    chunk=opt.chunk,
+    interpret=opt.interpret,
   )
-  dq, *_ = combine(
-    "dq",
-    dy,
-    C_BHNKV,
-    dscores_BHTZ,
-    k,
-    past_BHT=s.past_BHT,
-    factor_BHT=bias_BHT,
-    vector_BHNO=n_BHNK,
-  )
-  dk, passed_BHT, _ = combine(
-    "dk",
-    v,
-    D_BHNKV,
-    dscores_BHTZ,
-    q,
-    past_BHT=s.write_BHT,
-    vector_BHNO=dn_BHNK,
-    partner_BTHO=k,
-  )
-  dv, passed_on_BHT, _ = combine(
-    "dv", k, D_BHNKV, w_BHTZ, dy, past_BHT=s.write_BHT, partner_BTHO=v
-  )
-  di_BHT = written_BHT + passed_on_BHT
+  di_BHT = written_BHT + of_v["dot"]
+  passed_BHT = of_k["dot"]
 
   through_BHN = _through(C_BHNKV, D_BHNKV, C, dC_last)
   through_BHN += _total(n_BHNK, dn_BHNK)
@@ -296,7 +304,7 @@ def _backward(opt, kept, cotangents):
     s.keep_BHN * through_BHN, passed_BHT, reading_BHT - di_BHT
   )
   gates = (x.swapaxes(1, 2) for x in (di_BHT, df_BHT))
-  return dq, dk, dv, *gates, dC, dn, None, None, None, None
+  return of_q["y"], of_k["y"], of_v["y"], *gates, dC, dn, None, None, None, None
 
 
 _mlstm.defvjp(_forward, _backward)

@@ -14,7 +14,9 @@ tiles of 64 tokens: a chunk is a multiple of 128.
 
 import dataclasses
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -69,7 +71,7 @@ def scan_states(
   workers = key_dim // (ROWS * key_blocks)
   width = value_dim // value_blocks
 
-  def body(
+  def mlstm_states(
     k_ref, v_ref, w_ref, wn_ref, keep_ref, C0_ref, n0_ref,
     C_ref, n_ref, C_last_ref, n_last_ref,
     k_smem, v_smem, w_smem, wn_smem, C_smem, full, free,
@@ -166,7 +168,7 @@ def scan_states(
 
   saved = chunks if save else 1
   return plgpu.kernel(
-    body,
+    mlstm_states,
     out_type=(
       jax.ShapeDtypeStruct((batch, heads, saved, key_dim, value_dim), BF16),
       jax.ShapeDtypeStruct((batch, heads, saved, key_dim), F32),
@@ -252,7 +254,7 @@ def weigh(
     n, index = lax.rem(index, chunks), index // chunks
     return index // heads, lax.rem(index, heads), n, r
 
-  def body(
+  def mlstm_weights(
     x_refs, z_refs, vector_ref, row_ref, column_ref, past_ref, border_ref,
     floor_ref, extra_ref, bias_ref, w_refs, u_refs,
     x_smem, z_smem, vector_smem, column_smem, bias_smem, w_smem,
@@ -433,7 +435,7 @@ def weigh(
   sums_type = jax.ShapeDtypeStruct(past_BHT.shape, F32)
   vectors = len(_copies(key_dim))
   weights, sums_ = plgpu.kernel(
-    body,
+    mlstm_weights,
     out_type=((pairs_type,) * outputs, (sums_type,) * (3 - outputs)),
     grid=(blocks,),
     grid_names=("block",),
@@ -468,22 +470,8 @@ def weigh(
   return *weights, *sums_
 
 
-def combine(
-  mode: Literal["h", "dq", "dk", "dv"],
-  a_BTHA: jax.Array,
-  state_BHN: jax.Array,
-  w_BHTZ: jax.Array,
-  c_BTHO: jax.Array,
-  *,
-  past_BHT: jax.Array,
-  factor_BHT: jax.Array | None = None,
-  vector_BHNO: jax.Array | None = None,
-  partner_BTHO: jax.Array | None = None,
-  low: bool = False,
-  chunk: int,
-  blocks: int = 132,
-  interpret: Any = None,
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+@dataclasses.dataclass(frozen=True)
+class Sum:
   """y_x = past_x a_x state + the sum over z of w_xz c_z.
 
   z runs over the tokens of the chunk that x sees: in "h" and "dq" those up to
@@ -492,68 +480,145 @@ def combine(
   by factor_x in the end; "dq" and "dk" have the vector added to a_x state, "dq"
   factor_x times it.
 
-  Returns:
-    y in bfloat16. With a partner y_x partner_x, from y before it is rounded,
-    in "dk" only of the part from the state. With `low` what rounding took from
-    y.
+  Attributes:
+    partner: in "dk" and "dv" y_x partner_x is wanted, too, from y before it is
+      rounded, in "dk" of the part from the state alone.
+    low: whether what rounding took from y is wanted, too.
   """
-  batch, time, heads, dim = a_BTHA.shape
-  out_dim = c_BTHO.shape[-1]
+
+  mode: Literal["h", "dq", "dk", "dv"]
+  a_BTHA: jax.Array
+  state_BHN: jax.Array
+  w_BHTZ: jax.Array
+  c_BTHO: jax.Array
+  past_BHT: jax.Array
+  factor_BHT: jax.Array | None = None
+  vector_BHNO: jax.Array | None = None
+  partner_BTHO: jax.Array | None = None
+  low: bool = False
+
+  @property
+  def later(self) -> bool:
+    return self.mode in ("dk", "dv")
+
+  @property
+  def transposed(self) -> bool:
+    return self.mode in ("dq", "dk")
+
+  def arrays(self) -> dict[str, jax.Array]:
+    """What the kernel reads."""
+    values = {
+      "a": self.a_BTHA,
+      "state": self.state_BHN,
+      "w": self.w_BHTZ,
+      "c": self.c_BTHO,
+      "past": self.past_BHT,
+      "factor": self.factor_BHT,
+      "vector": self.vector_BHNO,
+      "partner": self.partner_BTHO,
+    }
+    return {name: x for name, x in values.items() if x is not None}
+
+  def results(self, width: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """What it writes, if a block computes `width` columns."""
+    y = jax.ShapeDtypeStruct(self.c_BTHO.shape, BF16)
+    results = {"y": y}
+    if self.low:
+      results["low"] = y
+    if self.later:
+      tiles = self.c_BTHO.shape[-1] // width
+      results["dot"] = jax.ShapeDtypeStruct((tiles, *self.past_BHT.shape), F32)
+    return results
+
+
+def combine(
+  sums: Sequence[Sum], *, chunk: int, blocks: int = 132, interpret: Any = None
+) -> list[dict[str, jax.Array]]:
+  """All sums in one kernel: what they read together comes from memory once.
+
+  The blocks take them from chunk after chunk, so that those of a chunk run at
+  about the same time.
+
+  Returns:
+    For every sum "y" in bfloat16, and what it wants of "dot" and "low".
+  """
+  batch, time, heads, _ = sums[0].a_BTHA.shape
+  width = out_width(*(x.c_BTHO.shape[-1] for x in sums))
   chunks, row_tiles = time // chunk, chunk // BLOCK
-  later = mode in ("dk", "dv")
-  transposed = mode in ("dq", "dk")
-  width = out_width(out_dim)
-  out_tiles = out_dim // width
-  items = batch * heads * chunks * row_tiles * out_tiles
+  out_tiles = [x.c_BTHO.shape[-1] // width for x in sums]
+  ends = list(itertools.accumulate(row_tiles * tiles for tiles in out_tiles))
+  items = batch * heads * chunks * ends[-1]
   blocks = min(blocks, items)
-  lap = max(blocks // (row_tiles * out_tiles), 1)
+  lap = max(blocks // ends[-1], 1)
   stages, stores = combine_buffers(width)
-  unused = jnp.zeros((1, 1, 64), F32)
 
-  def decode(index):
-    o, index = lax.rem(index, out_tiles), index // out_tiles
-    r, index = lax.rem(index, row_tiles), index // row_tiles
-    # Row tiles differ in work: a block must not meet the same one every time.
-    r = lax.rem(r + index // lap, row_tiles)
-    n, index = lax.rem(index, chunks), index // chunks
-    return index // heads, lax.rem(index, heads), n, r, o
-
-  def body(
-    a_ref, state_ref, w_ref, c_ref, past_ref, factor_ref, vector_ref,
-    partner_ref, y_ref, dot_ref, low_ref,
-    a_smem, c_smem, vector_smem, y_smem, full, free, item_full, item_free,
+  def mlstm_sums(
+    inputs, outputs, a_smem, c_smem, vector_smem, y_smem, full, free,
+    item_full, item_free,
   ):  # fmt: skip
-    a_smem, across_smem = a_smem if mode == "dq" else (a_smem, a_smem)
-    c_smem, state_smem = c_smem if transposed else (c_smem, c_smem)
+    a_smem, across_smem = a_smem
+    c_smem, across_state_smem = c_smem
     worker, block = lax.axis_index("worker"), lax.axis_index("block")
     mine = (items - block + blocks - 1) // blocks
     ring = _Ring(full, free, stages)
-    item_ring = _Ring(item_full, item_free, 2)
+    vector_ring = _Ring(item_full, item_free, 2)
 
-    def seen(r):
+    def each_item(run, counts):
+      """Runs all items of this block, each as its sum wants it."""
+
+      def item(k, counts):
+        index = block + k * blocks
+        index, place = index // ends[-1], lax.rem(index, ends[-1])
+        # They differ in work: a block must not meet the same one every time.
+        place = lax.rem(place + index // lap, ends[-1])
+        n, index = lax.rem(index, chunks), index // chunks
+        b, h = index // heads, lax.rem(index, heads)
+
+        def branch(i):
+          def of_sum(counts):
+            first = ends[i - 1] if i else 0
+            r = (place - first) // out_tiles[i]
+            o = lax.rem(place - first, out_tiles[i])
+            return run(i, (b, h, n, r, o), counts)
+
+          return of_sum
+
+        branches = [branch(i) for i in range(len(sums))]
+        if len(sums) == 1:
+          return branches[0](counts)
+        which = sum((place >= end).astype(jnp.int32) for end in ends[:-1])
+        return lax.switch(which, branches, counts)
+
+      lax.fori_loop(0, mine, item, counts)
+
+    def seen(x, r):
       """The first pair of tiles of 64 tokens that a row tile sees; the end."""
-      return (r, row_tiles) if later else (0, r + 1)
+      return (r, row_tiles) if x.later else (0, r + 1)
 
     @pl.when(worker == 2)
     def _load():
       plgpu.set_max_registers(40, action="decrease")
 
-      def item(k, step):
-        b, h, n, r, o = decode(block + k * blocks)
+      def load(i, item, counts):
+        x, refs = sums[i], inputs[i]
+        b, h, n, r, o = item
+        step, vectors = counts
         t0 = n * chunk
         rows = pl.ds(t0 + r * BLOCK, BLOCK)
         columns = pl.ds(o * width, width)
-        if transposed:
-          slot = item_ring.room(k)
-          item_ring.fill(
-            slot, vector_ref.at[b, h, n, columns], vector_smem.at[slot]
+        if x.transposed:
+          slot = vector_ring.room(vectors)
+          vector_ring.fill(
+            slot, refs["vector"].at[b, h, n, columns], vector_smem.at[slot]
           )
-        for j in range(dim // 64):
+          vectors += 1
+        for j in range(x.a_BTHA.shape[-1] // 64):
           slot = ring.room(step)
           part = pl.ds(j * 64, 64)
-          place = (columns, part) if transposed else (part, columns)
-          ring.fill(slot, a_ref.at[b, rows, h, part], a_smem.at[slot])
-          ring.fill(slot, state_ref.at[b, h, n, *place], state_smem.at[slot])
+          place = (columns, part) if x.transposed else (part, columns)
+          target = across_state_smem if x.transposed else c_smem
+          ring.fill(slot, refs["a"].at[b, rows, h, part], a_smem.at[slot])
+          ring.fill(slot, refs["state"].at[b, h, n, *place], target.at[slot])
           step += 1
 
         def partner(step):
@@ -561,7 +626,7 @@ def combine(
             slot = ring.room(step)
             tokens = pl.ds(t0 + r * BLOCK + half * ROWS, ROWS)
             ring.fill(
-              slot, partner_ref.at[b, tokens, h, columns], c_smem.at[slot]
+              slot, refs["partner"].at[b, tokens, h, columns], c_smem.at[slot]
             )
             plgpu.barrier_arrive(full.at[slot])
             step += 1
@@ -570,28 +635,25 @@ def combine(
         def tile(z, step):
           slot = ring.room(step)
           tokens = pl.ds(t0 + z * 64, 64)
-          if mode == "dq":
-            ring.fill(
-              slot,
-              w_ref.at[b, h, tokens, pl.ds(r * BLOCK, BLOCK)],
-              across_smem.at[slot],
-            )
+          if x.mode == "dq":
+            place = (tokens, pl.ds(r * BLOCK, BLOCK))
+            target = across_smem
           else:
-            ring.fill(
-              slot, w_ref.at[b, h, rows, pl.ds(z * 64, 64)], a_smem.at[slot]
-            )
-          ring.fill(slot, c_ref.at[b, tokens, h, columns], c_smem.at[slot])
+            place = (rows, pl.ds(z * 64, 64))
+            target = a_smem
+          ring.fill(slot, refs["w"].at[b, h, *place], target.at[slot])
+          ring.fill(slot, refs["c"].at[b, tokens, h, columns], c_smem.at[slot])
           return step + 1
 
-        if mode == "dk":
+        if x.mode == "dk":
           step = partner(step)
-        first, end = seen(r)
+        first, end = seen(x, r)
         step = lax.fori_loop(2 * first, 2 * end, tile, step)
-        if mode == "dv":
+        if x.mode == "dv":
           step = partner(step)
-        return step
+        return step, vectors
 
-      lax.fori_loop(0, mine, item, jnp.int32(0))
+      each_item(load, (jnp.int32(0), jnp.int32(0)))
 
     @pl.when(worker < 2)
     def _compute():
@@ -611,50 +673,58 @@ def combine(
           ring.release(step + part)
         return dot_x, step + 2
 
-      def item(k, step):
-        b, h, n, r, o = decode(block + k * blocks)
+      def compute(i, item, counts):
+        x, refs, out_refs = sums[i], inputs[i], outputs[i]
+        b, h, n, r, o = item
+        step, vectors = counts
         rows = pl.ds(n * chunk + r * BLOCK + worker * ROWS, ROWS)
+        tiles = x.a_BTHA.shape[-1] // 64
 
         def of_rows(ref):
           return plgpu.load(ref.at[b, h, rows], layout=ROW, optimized=False)
 
-        past_x = of_rows(past_ref)
-        factor_x = of_rows(factor_ref) if mode in ("h", "dq") else None
+        past_x = of_rows(refs["past"])
+        factor_x = of_rows(refs["factor"]) if "factor" in refs else None
 
-        def read_state(multiply, x):
-          for j in range(dim // 64):
+        def read_state(multiply, none):
+          for j in range(tiles):
             slot = ring.take(step + j)
-            state = state_smem.at[slot]
-            state = state.transpose((1, 0)) if transposed else state
+            if x.transposed:
+              state = across_state_smem.at[slot].transpose((1, 0))
+            else:
+              state = c_smem.at[slot]
             multiply(a_smem.at[slot, half], state)
             if j:
               plgpu.wgmma_wait(1)
               ring.release(step + j - 1)
-          return x
+          return none
 
         y = plgpu.layout_cast(jnp.zeros((ROWS, width), F32), MATRIX)
         y, _ = _accumulate(y, None, read_state, interpret)
-        step = step + dim // 64
+        step = step + tiles
         ring.release(step - 1)
-        if transposed:
-          n_k = plgpu.load(vector_smem.at[item_ring.take(k)], layout=COLUMN)
-          bias = _over_rows(n_k, ROWS)
-          if mode == "dq":
+        if x.transposed:
+          slot = vector_ring.take(vectors)
+          bias = _over_rows(
+            plgpu.load(vector_smem.at[slot], layout=COLUMN), ROWS
+          )
+          if x.mode == "dq":
             bias = bias * _over_columns(factor_x, width)
           y = y + bias
-          item_ring.release(k)
+          vector_ring.release(vectors)
+          vectors += 1
         y = y * _over_columns(past_x, width)
         dot_x = None
-        if mode == "dk":
+        if x.mode == "dk":
           dot_x, step = partner_product(y, step)
 
         def pair(_, carry):
           step, y = carry
 
-          def add(multiply, x):
+          def add(multiply, none):
             for part in range(2):
               slot = ring.take(step + part)
-              if mode == "dq":
+              if x.mode == "dq":
                 w_ref = across_smem.at[slot, :, half].transpose((1, 0))
               else:
                 w_ref = a_smem.at[slot, half]
@@ -662,20 +732,20 @@ def combine(
               if part:
                 plgpu.wgmma_wait(1)
                 ring.release(step)
-            return x
+            return none
 
           y, _ = _accumulate(y, None, add, interpret)
           ring.release(step + 1)
           return step + 2, y
 
-        first, end = seen(r)
+        first, end = seen(x, r)
         step, y = lax.fori_loop(first, end, pair, (step, y))
-        if mode == "h":
+        if x.mode == "h":
           y = y * _over_columns(factor_x, width)
-        if mode == "dv":
+        if x.mode == "dv":
           dot_x, step = partner_product(y, step)
-        if later:
-          dot_ref.at[o, b, h, rows][...] = dot_x
+        if x.later:
+          out_refs["dot"].at[o, b, h, rows][...] = dot_x
 
         stored = 0
 
@@ -693,62 +763,46 @@ def combine(
         for j in range(width // 64):
           exact = y[:, j * 64 : (j + 1) * 64]
           rounded = exact.astype(BF16)
-          save(rounded, y_ref, j * 64)
-          if low:
-            save((exact - rounded.astype(F32)).astype(BF16), low_ref, j * 64)
-        return step
+          save(rounded, out_refs["y"], j * 64)
+          if x.low:
+            rest = exact - rounded.astype(F32)
+            save(rest.astype(BF16), out_refs["low"], j * 64)
+        return step, vectors
 
-      lax.fori_loop(0, mine, item, jnp.int32(0))
+      each_item(compute, (jnp.int32(0), jnp.int32(0)))
       plgpu.wait_smem_to_gmem(0)
 
-  a_ring = _smem(stages, BLOCK, 64)
-  if mode == "dq":
-    a_ring = plgpu.RefUnion(a_ring, _smem(stages, 64, BLOCK))
-  c_ring = _smem(stages, 64, width)
-  if transposed:
-    c_ring = plgpu.RefUnion(c_ring, _smem(stages, width, 64))
-  y_type = jax.ShapeDtypeStruct((batch, time, heads, out_dim), BF16)
-  dot_shape = (out_tiles, *past_BHT.shape) if later else (16,)
-  y, dot, y_low = plgpu.kernel(
-    body,
-    out_type=(
-      y_type,
-      jax.ShapeDtypeStruct(dot_shape, F32),
-      y_type if low else jax.ShapeDtypeStruct((16,), BF16),
-    ),
+  (results,) = plgpu.kernel(
+    mlstm_sums,
+    out_type=([x.results(width) for x in sums],),
     grid=(blocks,),
     grid_names=("block",),
     num_threads=3,
     thread_name="worker",
     scratch_types=(
-      a_ring,
-      c_ring,
+      plgpu.RefUnion(_smem(stages, BLOCK, 64), _smem(stages, 64, BLOCK)),
+      plgpu.RefUnion(_smem(stages, 64, width), _smem(stages, width, 64)),
       plgpu.SMEM((2, width), F32),
       _smem(2, stores, ROWS, 64),
       plgpu.Barrier(num_arrivals=2, num_barriers=stages),
       plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-      plgpu.Barrier(num_arrivals=1, num_barriers=2),
+      plgpu.Barrier(num_barriers=2),
       plgpu.Barrier(num_arrivals=2, num_barriers=2),
     ),
     compiler_params=_COMPILER,
     interpret=interpret,
-  )(
-    a_BTHA,
-    state_BHN,
-    w_BHTZ,
-    c_BTHO,
-    past_BHT,
-    *(
-      unused if x is None else x
-      for x in (factor_BHT, vector_BHNO, partner_BTHO)
-    ),
+  )([x.arrays() for x in sums])
+  for result in results:
+    if "dot" in result:
+      result["dot"] = jnp.sum(result["dot"], axis=0)
+  return results
+
+
+def out_width(*out_dims: int) -> int:
+  """How many columns of the results a block of `combine` computes."""
+  return next(
+    w for w in range(256, 0, -64) if all(dim % w == 0 for dim in out_dims)
   )
-  return y, jnp.sum(dot, axis=0) if later else None, y_low if low else None
-
-
-def out_width(out_dim: int) -> int:
-  """How many columns of the result a block of `combine` computes."""
-  return next(w for w in range(256, 0, -64) if out_dim % w == 0)
 
 
 def combine_buffers(width: int) -> tuple[int, int]:
