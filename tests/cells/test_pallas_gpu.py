@@ -23,6 +23,7 @@ import pytest
 from xlstm_jax.cells.documents import documents
 from xlstm_jax.cells.mlstm import State, mlstm
 from xlstm_jax.cells.mlstm import pallas_gpu as backend
+from xlstm_jax.cells.mlstm import pallas_gpu_kernels as kernels
 from xlstm_jax.cells.mlstm.gates import log_gates
 from xlstm_jax.cells.mlstm.pallas_gpu_gates import last_stabilizer, scales
 from xlstm_jax.cells.mlstm.recurrent import recurrent
@@ -167,23 +168,24 @@ HEADS = [(64, 128), (128, 192), (128, 256), (256, 512), (384, 384), (512, 512)]
 
 
 @pytest.mark.parametrize("dims", HEADS)
-def test_tiles_fit_and_divide(dims):
+def test_the_kernels_take_the_named_heads_and_their_buffers_fit(dims):
   assert backend.refusal(jnp.bfloat16, *dims, 256) is None
-  for dim, out_dim in (dims, dims[::-1]):
-    t = backend.tiles(dim, out_dim)
-    assert dim % t.keys == 0
-    assert out_dim % t.outputs == 0
-    assert t.outputs % t.values == 0
-    assert t.outputs <= 256
-    elements = 128 * dim + 64 * (
-      t.key_buffers * t.keys + t.value_buffers * t.values + 128 * t.stages
-    )
-    assert 2 * elements + backend.RESERVED <= backend.SHARED_MEMORY
+  for out_dims in (dims[1:], dims):
+    width = kernels.out_width(*out_dims)
+    assert width <= 256
+    assert all(dim % width == 0 for dim in out_dims)
+    for depth in (64, 128):
+      stages, stores = kernels.combine_buffers(width, depth)
+      assert stages >= 2
+      elements = stages * depth * (128 + width) + stores * 2 * 64 * 64
+      assert 2 * elements + kernels.RESERVED <= kernels.SHARED_MEMORY
 
 
 def test_spans_fill_the_gpu_and_divide_the_chunks():
   assert backend._spans(chunks=32, blocks=256) == 1
-  assert backend._spans(chunks=256, blocks=32) == 8
+  assert backend._spans(chunks=256, blocks=32) == 4
+  # A first pass over all chunks would cost what a second span spares.
+  assert backend._spans(chunks=128, blocks=64) == 1
   assert backend._spans(chunks=3, blocks=1) == 1
 
 
@@ -239,10 +241,10 @@ def test_interpreted_kernels_hold_the_contract(chunk, time, dims, gates):
   ("dims", "most"),
   [
     ((64, 128), 0),
-    ((128, 256), 48),
-    ((256, 512), 240),
-    ((384, 384), 128),
-    ((512, 512), 300),
+    ((128, 256), 16),
+    ((256, 512), 16),
+    ((384, 384), 88),
+    ((512, 512), 96),
   ],
 )
 def test_kernels_compile_for_the_h200_without_one(dims, most):
@@ -264,6 +266,7 @@ def test_kernels_compile_for_the_h200_without_one(dims, most):
   report = done.stdout + done.stderr
   registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
   spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", report)]
-  assert len(registers) >= 6  # two scans and four reads
+  # Two scans, two times weights, and sums for the values and for gradients.
+  assert len(registers) >= 6
   assert max(registers) <= 232
   assert max(spills) <= most

@@ -437,8 +437,19 @@ def _firsts(kept_BHS, first, ends_BHS):
 
 
 def _spans(chunks: int, blocks: int) -> int:
-  """Into how many spans the chunks are cut, given the blocks of one span."""
-  spans = 1
-  while chunks % (2 * spans) == 0 and spans * blocks < MULTIPROCESSORS:
-    spans *= 2
-  return spans
+  """Into how many spans the chunks are cut, given the blocks of one span.
+
+  It is the power of 2 with the shortest way of chunks, counting a first pass,
+  and no more than fill the GPU.
+  """
+
+  def way(spans):
+    waves = -(-spans * blocks // MULTIPROCESSORS)
+    return (1 if spans == 1 else 2) * waves / spans
+
+  choices = [1]
+  while choices[-1] * blocks < MULTIPROCESSORS and (
+    chunks % (2 * choices[-1]) == 0
+  ):
+    choices.append(2 * choices[-1])
+  return min(choices, key=way)

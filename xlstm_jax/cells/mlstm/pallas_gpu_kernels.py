@@ -59,7 +59,8 @@ def scan_states(
 
   Returns:
     With `save` the states that enter every chunk, C_BHNKV in bfloat16 and
-    n_BHNK (else placeholders), and the states after every span.
+    n_BHNK (else placeholders), and the states after every span, without
+    `save` but the last.
   """
   batch, time, heads, key_dim = k_BTHK.shape
   value_dim = v_BTHV.shape[-1]
@@ -70,6 +71,10 @@ def scan_states(
   key_blocks, value_blocks = scan_blocks(key_dim, value_dim)
   workers = key_dim // (ROWS * key_blocks)
   width = value_dim // value_blocks
+  steps = span * tiles
+  # Two blocks of keys are a cluster: each loads half of the values for both.
+  # Interpret mode knows no such copy.
+  paired = key_blocks % 2 == 0 and not interpret
 
   def mlstm_states(
     k_ref, v_ref, w_ref, wn_ref, keep_ref, C0_ref, n0_ref,
@@ -78,7 +83,10 @@ def scan_states(
   ):  # fmt: skip
     worker = lax.axis_index("worker")
     b, h, s = (lax.axis_index(name) for name in ("batch", "head", "span"))
-    k0 = lax.axis_index("key") * (ROWS * workers)
+    key_block = lax.axis_index("key")
+    if paired:
+      key_block = 2 * key_block + lax.axis_index("pair")
+    k0 = key_block * (ROWS * workers)
     values = pl.ds(lax.axis_index("value") * width, width)
     first = lax.axis_index("value") == 0
 
@@ -101,13 +109,24 @@ def scan_states(
         tokens = pl.ds(t0, TOKENS)
         for source, target in (
           (k_ref.at[b, tokens, h, pl.ds(k0, ROWS * workers)], k_smem),
-          (v_ref.at[b, tokens, h, values], v_smem),
           (w_ref.at[b, h, tokens], w_smem),
           (wn_ref.at[b, h, tokens], wn_smem),
         ):
           plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
+        plgpu.copy_gmem_to_smem(
+          v_ref.at[b, tokens, h, values],
+          v_smem.at[slot],
+          full.at[slot],
+          collective_axes="pair" if paired else None,
+        )
 
-      lax.fori_loop(0, span * tiles, load, None)
+      lax.fori_loop(0, steps, load, None)
+      if paired:
+        # No block may end while the other still tells it what it has read.
+        def drain(step, _):
+          plgpu.barrier_wait(free.at[lax.rem(step, buffers)])
+
+        lax.fori_loop(max(steps - buffers, 0), steps, drain, None)
 
     @pl.when(worker < workers)
     def _compute():
@@ -166,6 +185,15 @@ def scan_states(
 
       plgpu.wait_smem_to_gmem(0)
 
+  if paired:
+    key_blocks //= 2
+    cluster: dict[str, Any] = {"cluster": (2,), "cluster_names": ("pair",)}
+    freed = plgpu.ClusterBarrier(
+      collective_axes=("pair",), num_arrivals=workers, num_barriers=buffers
+    )
+  else:
+    cluster = {}
+    freed = plgpu.Barrier(num_arrivals=workers, num_barriers=buffers)
   saved = chunks if save else 1
   return plgpu.kernel(
     mlstm_states,
@@ -175,8 +203,10 @@ def scan_states(
       jax.ShapeDtypeStruct(C_BHSKV.shape, F32),
       jax.ShapeDtypeStruct(n_BHSK.shape, F32),
     ),
-    grid=(value_blocks, key_blocks, heads, batch, spans),
+    # Nothing starts from what the last span leaves.
+    grid=(value_blocks, key_blocks, heads, batch, spans if save else spans - 1),
     grid_names=("value", "key", "head", "batch", "span"),
+    **cluster,
     num_threads=workers + 1,
     thread_name="worker",
     scratch_types=(
@@ -186,7 +216,7 @@ def scan_states(
       plgpu.SMEM((buffers, TOKENS), F32),
       _smem(workers, ROWS, width if save else 64),
       plgpu.Barrier(num_arrivals=4, num_barriers=buffers),
-      plgpu.Barrier(num_arrivals=workers, num_barriers=buffers),
+      freed,
     ),
     compiler_params=_COMPILER,
     interpret=interpret,
@@ -251,8 +281,8 @@ def weigh(
     r, index = lax.rem(index, tiles), index // tiles
     # Row tiles differ in work: a block must not meet the same one every time.
     r = lax.rem(r + index // lap, tiles)
-    n, index = lax.rem(index, chunks), index // chunks
-    return index // heads, lax.rem(index, heads), n, r
+    h, index = lax.rem(index, heads), index // heads
+    return index // chunks, h, lax.rem(index, chunks), r
 
   def mlstm_weights(
     x_refs, z_refs, vector_ref, row_ref, column_ref, past_ref, border_ref,
@@ -365,9 +395,6 @@ def weigh(
             item_ring.release(k)
           else:
             s_xz, _, step = scores(step, key_dim)
-          g_xz = None
-          if backward:
-            g_xz, _, step = scores(step, columns[1].shape[-1])
           slot = column_ring.take(column)
           last_x = border_x + (r - c) * BLOCK
           stored = 0
@@ -380,16 +407,16 @@ def weigh(
             _store(buffer, x.astype(BF16), target_ref, others=1)
             stored += 1
 
-          for part in range(BLOCK // 64):
-            start = part * 64
-            place = slice(start, start + 64)
+          def of_columns(ref, start):
+            z_k = plgpu.load(ref.at[pl.ds(start, 64)], layout=COLUMN)
+            return _over_rows(z_k, ROWS)
 
-            def of_columns(ref, start=start):
-              z_k = plgpu.load(ref.at[pl.ds(start, 64)], layout=COLUMN)
-              return _over_rows(z_k, ROWS)
-
+          parts = [(start, slice(start, start + 64)) for start in (0, 64)]
+          factors = []
+          for start, place in parts:
             log_w = [
-              _over_columns(row_x[i], 64) + of_columns(column_smem.at[slot, i])
+              _over_columns(row_x[i], 64)
+              + of_columns(column_smem.at[slot, i], start)
               for i in range(2)
             ]
             z = _iota(1, interpret) + start
@@ -402,11 +429,16 @@ def weigh(
             s_w = s_xz[:, place] * w_xz
             save(s_w, w_refs[0], start)
             if backward:
-              bias = of_columns(bias_smem.at[slot])
+              bias = of_columns(bias_smem.at[slot], start)
               u_x = u_x + (s_w * bias).sum(axis=1)
-              save((g_xz[:, place] + bias) * w_xz, w_refs[1], start)
+              factors.append(w_xz)
             else:
               u_x = u_x + s_w.sum(axis=1)
+          if backward:
+            g_xz, _, step = scores(step, columns[1].shape[-1])
+            for (start, place), w_xz in zip(parts, factors, strict=True):
+              bias = of_columns(bias_smem.at[slot], start)
+              save((g_xz[:, place] + bias) * w_xz, w_refs[1], start)
           column_ring.release(column)
           return step, column + 1, u_x
 
@@ -550,7 +582,10 @@ def combine(
   items = batch * heads * chunks * ends[-1]
   blocks = min(blocks, items)
   lap = max(blocks // ends[-1], 1)
-  stages, stores = combine_buffers(width)
+  dims = [width, *(x.a_BTHA.shape[-1] for x in sums)]
+  depth = BLOCK if all(dim % BLOCK == 0 for dim in dims) else 64
+  per_block = BLOCK // depth
+  stages, stores = combine_buffers(width, depth)
 
   def mlstm_sums(
     inputs, outputs, a_smem, c_smem, vector_smem, y_smem, full, free,
@@ -571,8 +606,8 @@ def combine(
         index, place = index // ends[-1], lax.rem(index, ends[-1])
         # They differ in work: a block must not meet the same one every time.
         place = lax.rem(place + index // lap, ends[-1])
-        n, index = lax.rem(index, chunks), index // chunks
-        b, h = index // heads, lax.rem(index, heads)
+        h, index = lax.rem(index, heads), index // heads
+        b, n = index // chunks, lax.rem(index, chunks)
 
         def branch(i):
           def of_sum(counts):
@@ -592,7 +627,7 @@ def combine(
       lax.fori_loop(0, mine, item, counts)
 
     def seen(x, r):
-      """The first pair of tiles of 64 tokens that a row tile sees; the end."""
+      """The first block of tokens that a row tile sees, and the end."""
       return (r, row_tiles) if x.later else (0, r + 1)
 
     @pl.when(worker == 2)
@@ -612,9 +647,9 @@ def combine(
             slot, refs["vector"].at[b, h, n, columns], vector_smem.at[slot]
           )
           vectors += 1
-        for j in range(x.a_BTHA.shape[-1] // 64):
+        for j in range(x.a_BTHA.shape[-1] // depth):
           slot = ring.room(step)
-          part = pl.ds(j * 64, 64)
+          part = pl.ds(j * depth, depth)
           place = (columns, part) if x.transposed else (part, columns)
           target = across_state_smem if x.transposed else c_smem
           ring.fill(slot, refs["a"].at[b, rows, h, part], a_smem.at[slot])
@@ -622,9 +657,9 @@ def combine(
           step += 1
 
         def partner(step):
-          for half in range(2):
+          for part in range(per_block):
             slot = ring.room(step)
-            tokens = pl.ds(t0 + r * BLOCK + half * ROWS, ROWS)
+            tokens = pl.ds(t0 + r * BLOCK + part * depth, depth)
             ring.fill(
               slot, refs["partner"].at[b, tokens, h, columns], c_smem.at[slot]
             )
@@ -634,12 +669,12 @@ def combine(
 
         def tile(z, step):
           slot = ring.room(step)
-          tokens = pl.ds(t0 + z * 64, 64)
+          tokens = pl.ds(t0 + z * depth, depth)
           if x.mode == "dq":
             place = (tokens, pl.ds(r * BLOCK, BLOCK))
             target = across_smem
           else:
-            place = (rows, pl.ds(z * 64, 64))
+            place = (rows, pl.ds(z * depth, depth))
             target = a_smem
           ring.fill(slot, refs["w"].at[b, h, *place], target.at[slot])
           ring.fill(slot, refs["c"].at[b, tokens, h, columns], c_smem.at[slot])
@@ -648,7 +683,7 @@ def combine(
         if x.mode == "dk":
           step = partner(step)
         first, end = seen(x, r)
-        step = lax.fori_loop(2 * first, 2 * end, tile, step)
+        step = lax.fori_loop(per_block * first, per_block * end, tile, step)
         if x.mode == "dv":
           step = partner(step)
         return step, vectors
@@ -662,23 +697,26 @@ def combine(
 
       def partner_product(y, step):
         """Every row of y times that of its partner."""
-        slots = [ring.take(step + part) for part in range(2)]
-        slot = jnp.where(worker == 0, *slots)
+        slots = [ring.take(step + part) for part in range(per_block)]
+        if depth == BLOCK:
+          partner_ref = c_smem.at[slots[0], half]
+        else:
+          partner_ref = c_smem.at[jnp.where(worker == 0, *slots)]
         dot_x = plgpu.layout_cast(jnp.zeros((ROWS,), F32), ROW)
         for j in range(width // 64):
           place = slice(j * 64, (j + 1) * 64)
-          other = plgpu.load(c_smem.at[slot, :, place], layout=MATRIX)
+          other = plgpu.load(partner_ref.at[:, place], layout=MATRIX)
           dot_x = dot_x + (y[:, place] * other.astype(F32)).sum(axis=1)
-        for part in range(2):
+        for part in range(per_block):
           ring.release(step + part)
-        return dot_x, step + 2
+        return dot_x, step + per_block
 
       def compute(i, item, counts):
         x, refs, out_refs = sums[i], inputs[i], outputs[i]
         b, h, n, r, o = item
         step, vectors = counts
         rows = pl.ds(n * chunk + r * BLOCK + worker * ROWS, ROWS)
-        tiles = x.a_BTHA.shape[-1] // 64
+        tiles = x.a_BTHA.shape[-1] // depth
 
         def of_rows(ref):
           return plgpu.load(ref.at[b, h, rows], layout=ROW, optimized=False)
@@ -718,11 +756,11 @@ def combine(
         if x.mode == "dk":
           dot_x, step = partner_product(y, step)
 
-        def pair(_, carry):
+        def block_of(_, carry):
           step, y = carry
 
           def add(multiply, none):
-            for part in range(2):
+            for part in range(per_block):
               slot = ring.take(step + part)
               if x.mode == "dq":
                 w_ref = across_smem.at[slot, :, half].transpose((1, 0))
@@ -735,11 +773,11 @@ def combine(
             return none
 
           y, _ = _accumulate(y, None, add, interpret)
-          ring.release(step + 1)
-          return step + 2, y
+          ring.release(step + per_block - 1)
+          return step + per_block, y
 
         first, end = seen(x, r)
-        step, y = lax.fori_loop(first, end, pair, (step, y))
+        step, y = lax.fori_loop(first, end, block_of, (step, y))
         if x.mode == "h":
           y = y * _over_columns(factor_x, width)
         if x.mode == "dv":
@@ -780,8 +818,8 @@ def combine(
     num_threads=3,
     thread_name="worker",
     scratch_types=(
-      plgpu.RefUnion(_smem(stages, BLOCK, 64), _smem(stages, 64, BLOCK)),
-      plgpu.RefUnion(_smem(stages, 64, width), _smem(stages, width, 64)),
+      plgpu.RefUnion(_smem(stages, BLOCK, depth), _smem(stages, depth, BLOCK)),
+      plgpu.RefUnion(_smem(stages, depth, width), _smem(stages, width, depth)),
       plgpu.SMEM((2, width), F32),
       _smem(2, stores, ROWS, 64),
       plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -805,11 +843,11 @@ def out_width(*out_dims: int) -> int:
   )
 
 
-def combine_buffers(width: int) -> tuple[int, int]:
+def combine_buffers(width: int, depth: int) -> tuple[int, int]:
   """Buffers of the ring of `combine`, and those of a warpgroup's results."""
   stores = 2 if width <= 192 else 1
   left = SHARED_MEMORY - RESERVED - stores * 4 * ROWS * 64
-  return min(left // (2 * 64 * (BLOCK + width)), 8), stores
+  return min(left // (2 * depth * (BLOCK + width)), 8), stores
 
 
 @dataclasses.dataclass(frozen=True)
