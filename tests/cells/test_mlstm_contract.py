@@ -187,6 +187,66 @@ def test_any_length(time, form):
         CHECKS[dtype](form, gate, time)
 
 
+def each_row(both):
+  """As `both` over [B, T, ...], one row after the other."""
+
+  def mapped(*arrays):
+    rows = jax.vmap(both)(*(x[:, None] for x in arrays))
+    return [x[:, 0] for x in rows]
+
+  return mapped
+
+
+def on_a_mesh(both):
+  """As `both`, inside of shard_map."""
+  mesh = jax.make_mesh(
+    (1,),
+    ("data",),
+    axis_types=(jax.sharding.AxisType.Auto,),
+    devices=jax.devices()[:1],
+  )
+  spec = jax.sharding.PartitionSpec("data")
+  return jax.shard_map(
+    both, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+  )
+
+
+@pytest.mark.parametrize("transformed", ["vmap", "remat", "shard_map"])
+@pytest.mark.parametrize(
+  "form",
+  [Form("recurrent"), Form("parallel"), Form("chunkwise", 16), *KERNELS],
+  ids=str,
+)
+def test_transformations_change_nothing(form, transformed):
+  x = case("normal", 67, form.dims)
+  dtype = form.dtypes[-1]
+  arrays = [jnp.asarray(y, dtype) for y in (*x[:3], x.dh_BTHV)]
+  arrays += [jnp.asarray(y, jnp.float32) for y in (x.i_BTH, x.f_BTH)]
+
+  def both(q, k, v, dh, i, f, wrapped=lambda cell: cell):
+    def cell(q, k, v, i, f):
+      options = {"backend": form.backend, "chunk": form.chunk}
+      return backends.mlstm(q, k, v, i_BTH=i, f_BTH=f, **options)[0]
+
+    h, back = jax.vjp(wrapped(cell), q, k, v, i, f)
+    return [h, *back(dh)]
+
+  other = {
+    "vmap": each_row(both),
+    "remat": functools.partial(both, wrapped=jax.checkpoint),
+    "shard_map": on_a_mesh(both),
+  }[transformed]
+  for got, expected in zip(
+    jax.jit(other)(*arrays), jax.jit(both)(*arrays), strict=True
+  ):
+    got, expected = np.float64(got), np.float64(expected)
+    assert np.all(np.isfinite(expected))
+    error = np.linalg.norm(got - expected)
+    # Sums in another order, and then a rounding that may go the other way.
+    bound = 8 * float(jnp.finfo(dtype).eps)
+    assert error <= bound * np.linalg.norm(expected)
+
+
 def test_definition_is_the_unstabilised_recurrence():
   """C, n and h without any m, in the definition's own equations."""
   x = case("normal")
