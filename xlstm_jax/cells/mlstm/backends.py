@@ -32,8 +32,6 @@ BACKENDS = {
 }
 # These run on one platform and refuse others. "auto" names them where they run.
 KERNELS = {"pallas_gpu": pallas_gpu}
-# The most keys of a head with which pallas_gpu has run on a GPU.
-RUN_KEYS = 256
 
 _log = logging.getLogger(__name__)
 
@@ -203,8 +201,6 @@ def left_out(
   """Why "auto" does not choose the kernel, or None; arguments of `choice`."""
   if time < CHUNKS[0]:
     return f"its chunks are longer than {time} tokens"
-  if key_dim > RUN_KEYS:
-    return f"it has never run on a GPU with heads of {key_dim} keys"
   return device_refusal() or refusal(
     dtype, key_dim, value_dim, CHUNKS[0] if chunk is None else chunk
   )

@@ -1,9 +1,9 @@
 """The mLSTM on Hopper GPUs: chunks in Pallas Mosaic GPU kernels.
 
-Three steps, each parallel over batch rows and heads: gates in plain XLA
-(`pallas_gpu_gates`), the states that enter every chunk (`scan_states`), and
-all chunks at once (`attend`). docs/kernels.md has the reasoning and the
-measurements.
+Each step is parallel over batch rows and heads: gates in plain XLA
+(`pallas_gpu_gates`), the states that enter every chunk (`scan_states`), the
+weights of pairs of tokens inside chunks (`weigh`), and the sums by these
+weights (`combine`). docs/kernels.md has the reasoning and the measurements.
 """
 
 import dataclasses

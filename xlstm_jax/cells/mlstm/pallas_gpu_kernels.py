@@ -89,6 +89,7 @@ def scan_states(
     k0 = key_block * (ROWS * workers)
     values = pl.ds(lax.axis_index("value") * width, width)
     first = lax.axis_index("value") == 0
+    ring = _Ring(full, free, buffers)
 
     def place(chunk_index):
       position = s * span + chunk_index
@@ -99,12 +100,7 @@ def scan_states(
       plgpu.set_max_registers(40, action="decrease")
 
       def load(step, _):
-        slot = lax.rem(step, buffers)
-
-        @pl.when(step >= buffers)
-        def _wait():
-          plgpu.barrier_wait(free.at[slot])
-
+        slot = ring.room(step)
         t0 = place(step // tiles) * chunk + lax.rem(step, tiles) * TOKENS
         tokens = pl.ds(t0, TOKENS)
         for source, target in (
@@ -112,21 +108,19 @@ def scan_states(
           (w_ref.at[b, h, tokens], w_smem),
           (wn_ref.at[b, h, tokens], wn_smem),
         ):
-          plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
-        plgpu.copy_gmem_to_smem(
+          ring.fill(slot, source, target.at[slot])
+        ring.fill(
+          slot,
           v_ref.at[b, tokens, h, values],
           v_smem.at[slot],
-          full.at[slot],
-          collective_axes="pair" if paired else None,
+          together="pair" if paired else None,
         )
 
       lax.fori_loop(0, steps, load, None)
       if paired:
         # No block may end while the other still tells it what it has read.
-        def drain(step, _):
-          plgpu.barrier_wait(free.at[lax.rem(step, buffers)])
-
-        lax.fori_loop(max(steps - buffers, 0), steps, drain, None)
+        for step in range(max(steps - buffers, 0), steps):
+          plgpu.barrier_wait(free.at[step % buffers])
 
     @pl.when(worker < workers)
     def _compute():
@@ -156,8 +150,7 @@ def scan_states(
 
         def add(multiply, n_k):
           for tile, count in enumerate(counts):
-            slot = lax.rem(count, buffers)
-            plgpu.barrier_wait(full.at[slot])
+            slot = ring.take(count)
             k_kl = plgpu.load(
               k_smem.at[slot, :, pl.ds(worker * ROWS, ROWS)].transpose((1, 0)),
               layout=MATRIX,
@@ -168,12 +161,12 @@ def scan_states(
             wk_kl = (k_kl * _over_rows(w_l, ROWS)).astype(BF16)
             if tile:  # its product ran while this operand was prepared
               plgpu.wgmma_wait(0)
-              plgpu.barrier_arrive(free.at[lax.rem(counts[tile - 1], buffers)])
+              ring.release(counts[tile - 1])
             multiply(wk_kl, v_smem.at[slot])
           return n_k
 
         C_kv, n_k = _accumulate(C_kv * keep, n_k * keep, add, interpret)
-        plgpu.barrier_arrive(free.at[lax.rem(counts[-1], buffers)])
+        ring.release(counts[-1])
         return C_kv, n_k
 
       C_kv, n_k = lax.fori_loop(0, span, one_chunk, (C_kv, n_k))
@@ -868,9 +861,15 @@ class _Ring:
 
     return slot
 
-  def fill(self, slot, source, target):
-    """Starts a copy that will count for the buffer."""
-    plgpu.copy_gmem_to_smem(source, target, self.full.at[slot])
+  def fill(self, slot, source, target, together=None):
+    """Starts a copy that will count for the buffer.
+
+    Where `together` names an axis of the cluster, its blocks each copy a part
+    for all of them.
+    """
+    plgpu.copy_gmem_to_smem(
+      source, target, self.full.at[slot], collective_axes=together
+    )
 
   def take(self, count):
     """The buffer of that count, once it is full."""
