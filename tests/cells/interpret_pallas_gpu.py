@@ -3,17 +3,53 @@
     NPROC=16 python interpret_pallas_gpu.py CHUNK TIME KEYS VALUES \
       INPUT_GATE GATE...
 
+With MUTATION in the environment the backend has that fault, which the contract
+is to find.
+
 A program of its own, for XLA's CPU client needs more threads than a small
 machine has cores: those of a kernel wait for each other inside callbacks.
 """
 
 import functools
+import os
 import sys
 
+import jax.numpy as jnp
 import mlstm_contract as contract
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from xlstm_jax.cells.mlstm import backends, pallas_gpu
+
+
+def leak(args, *, scales=pallas_gpu.scales, **options):
+  """Tokens of a chunk see documents before their own."""
+  found = scales(*args, **options)
+  return found._replace(first_BT=jnp.zeros_like(found.first_BT))
+
+
+def constant_normaliser(*args, readout=pallas_gpu._readout_backward):
+  """The normaliser counts as a constant, as in other kernels."""
+  dy, bias, reading = readout(*args)
+  return dy, jnp.zeros_like(bias), reading
+
+
+def late_read(args, *, scales=pallas_gpu.scales, **options):
+  """Gradients of a chunk see documents after their own."""
+  found = scales(*args, **options)
+  last = options["chunk"] - 1
+  return found._replace(final_BT=jnp.full_like(found.final_BT, last))
+
+
+def mutate(name: str) -> None:
+  match name:
+    case "constant_normaliser":
+      pallas_gpu._readout_backward = constant_normaliser
+    case "leak":
+      pallas_gpu.scales = lambda *args, **options: leak(args, **options)
+    case "late_read":
+      pallas_gpu.scales = lambda *args, **options: late_read(args, **options)
+    case _:
+      raise ValueError(name)
 
 
 def main(
@@ -27,6 +63,8 @@ def main(
   backends.KERNELS["pallas_gpu"] = functools.partial(
     pallas_gpu.pallas_gpu, interpret=plgpu.InterpretGPUParams()
   )
+  if "MUTATION" in os.environ:
+    mutate(os.environ["MUTATION"])
   form = contract.Form("pallas_gpu", chunk, dtypes=("bfloat16",), dims=dims)
   for gate in gates:
     options = contract.Options(input_gate=input_gate)

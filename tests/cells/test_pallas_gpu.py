@@ -217,17 +217,33 @@ def test_states_that_enter_spans():
   ],
 )
 def test_interpreted_kernels_hold_the_contract(chunk, time, dims, gates):
+  done = interpreted(chunk, time, dims, gates)
+  assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "mutation", ["leak", "late_read", "constant_normaliser"]
+)
+def test_faults_of_interpreted_kernels_are_found(mutation):
+  done = interpreted(128, 67, (64, 128), "exp normal", MUTATION=mutation)
+  assert done.returncode == 1
+  assert "AssertionError" in done.stderr
+
+
+def interpreted(chunk, time, dims, gates, **environment):
+  """The contract of kernels in interpret mode, in a process of its own."""
   script = pathlib.Path(__file__).parent / "interpret_pallas_gpu.py"
   paths = [script.parents[1], script.parents[2], *sys.path]
-  done = subprocess.run(
+  return subprocess.run(
     [sys.executable, script, *map(str, (chunk, time, *dims)), *gates.split()],
     env=os.environ
-    | {"NPROC": "16", "PYTHONPATH": os.pathsep.join(map(str, paths))},
+    | {"NPROC": "16", "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    | environment,
     capture_output=True,
     text=True,
     check=False,
   )
-  assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.slow

@@ -31,3 +31,9 @@ def test_a_shape_that_is_none_is_named(shape):
 def test_a_row_that_failed_says_why():
   text = SCRIPT_NAMES["line"]("s", "pallas_gpu", {"failed": "no GPU"})
   assert text.endswith("no GPU")
+
+
+def test_what_a_row_lacks_is_said():
+  result = {"forward": 1.5, "note": "no backward pass"}
+  text = SCRIPT_NAMES["line"]("s", "simple_gla", result)
+  assert text.split()[2:] == ["1.500", "-", "-", "no", "backward", "pass"]
