@@ -261,7 +261,6 @@ def weigh(
   backward = cotangents is not None
   items = batch * heads * chunks * tiles
   blocks = min(blocks, items)
-  lap = max(blocks // tiles, 1)
   rows, columns, bias_BHT = [a_BTHK], [b_BTHK], None
   if cotangents is not None:
     v_BTHV, dy_BTHV, bias_BHT = cotangents
@@ -269,13 +268,6 @@ def weigh(
   outputs = 2 if backward else 1
   stages = 5
   unused = jnp.zeros((1, 1, BLOCK), F32)
-
-  def decode(index):
-    r, index = lax.rem(index, tiles), index // tiles
-    # Row tiles differ in work: a block must not meet the same one every time.
-    r = lax.rem(r + index // lap, tiles)
-    h, index = lax.rem(index, heads), index // heads
-    return index // chunks, h, lax.rem(index, chunks), r
 
   def mlstm_weights(
     x_refs, z_refs, vector_ref, row_ref, column_ref, past_ref, border_ref,
@@ -285,6 +277,9 @@ def weigh(
   ):  # fmt: skip
     worker, block = lax.axis_index("worker"), lax.axis_index("block")
     mine = (items - block + blocks - 1) // blocks
+    decode = functools.partial(
+      _item, per_chunk=tiles, blocks=blocks, heads=heads, chunks=chunks
+    )
     ring = _Ring(full, free, stages)
     column_ring = _Ring(column_full, column_free, 2)
     item_ring = _Ring(item_full, item_free, 2)
@@ -299,7 +294,7 @@ def weigh(
 
       def item(k, counts):
         step, column = counts
-        b, h, n, r = decode(block + k * blocks)
+        b, h, n, r = decode(block, k)
         t0 = n * chunk
         x_tokens = pl.ds(t0 + r * BLOCK, BLOCK)
         slot = item_ring.room(k)
@@ -341,7 +336,7 @@ def weigh(
       half = pl.ds(worker * ROWS, ROWS)
 
       def item(k, counts):
-        b, h, n, r = decode(block + k * blocks)
+        b, h, n, r = decode(block, k)
         x_tokens = pl.ds(n * chunk + r * BLOCK + worker * ROWS, ROWS)
 
         def of_rows(ref, *place):
@@ -574,7 +569,6 @@ def combine(
   ends = list(itertools.accumulate(row_tiles * tiles for tiles in out_tiles))
   items = batch * heads * chunks * ends[-1]
   blocks = min(blocks, items)
-  lap = max(blocks // ends[-1], 1)
   dims = [width, *(x.a_BTHA.shape[-1] for x in sums)]
   depth = BLOCK if all(dim % BLOCK == 0 for dim in dims) else 64
   per_block = BLOCK // depth
@@ -595,12 +589,14 @@ def combine(
       """Runs all items of this block, each as its sum wants it."""
 
       def item(k, counts):
-        index = block + k * blocks
-        index, place = index // ends[-1], lax.rem(index, ends[-1])
-        # They differ in work: a block must not meet the same one every time.
-        place = lax.rem(place + index // lap, ends[-1])
-        h, index = lax.rem(index, heads), index // heads
-        b, n = index // chunks, lax.rem(index, chunks)
+        b, h, n, place = _item(
+          block,
+          k,
+          per_chunk=ends[-1],
+          blocks=blocks,
+          heads=heads,
+          chunks=chunks,
+        )
 
         def branch(i):
           def of_sum(counts):
@@ -879,6 +875,20 @@ class _Ring:
 
   def release(self, count):
     plgpu.barrier_arrive(self.free.at[lax.rem(count, self.size)])
+
+
+def _item(block, k, *, per_chunk: int, blocks: int, heads: int, chunks: int):
+  """Row, head, chunk and place in it of the k-th item of a block.
+
+  The items of a chunk follow each other, then those of the same tokens in other
+  heads. They differ in work: a block must not meet the same place every time.
+  """
+  index = block + k * blocks
+  index, place = index // per_chunk, lax.rem(index, per_chunk)
+  lap = max(blocks // per_chunk, 1)
+  place = lax.rem(place + index // lap, per_chunk)
+  index, h = index // heads, lax.rem(index, heads)
+  return index // chunks, h, lax.rem(index, chunks), place
 
 
 def _copies(dim: int) -> list[tuple[int, int]]:
