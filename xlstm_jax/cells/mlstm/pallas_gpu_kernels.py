@@ -354,26 +354,19 @@ def weigh(
         def scores(step, dim, dot_x=None):
           """a b^T over `dim` numbers, and with dot_x a times the vector."""
 
-          def add(multiply, dot_x):
-            for j in range(dim // 64):
-              slot = ring.take(step + j)
-              x_ref = x_smem.at[slot, half]
-              multiply(x_ref, z_smem.at[slot].transpose((1, 0)))
-              if dot_x is not None:
-                part_xk = plgpu.load(x_ref, layout=MATRIX).astype(F32)
-                n_k = plgpu.load(
-                  vector_smem.at[vector_slot, pl.ds(j * 64, 64)], layout=COLUMN
-                )
-                dot_x = dot_x + (part_xk * _over_rows(n_k, ROWS)).sum(axis=1)
-              if j:
-                plgpu.wgmma_wait(1)
-                ring.release(step + j - 1)
-            return dot_x
+          def part(multiply, slot, j, dot_x):
+            x_ref = x_smem.at[slot, half]
+            multiply(x_ref, z_smem.at[slot].transpose((1, 0)))
+            if dot_x is None:
+              return None
+            part_xk = plgpu.load(x_ref, layout=MATRIX).astype(F32)
+            n_k = plgpu.load(
+              vector_smem.at[vector_slot, pl.ds(j * 64, 64)], layout=COLUMN
+            )
+            return dot_x + (part_xk * _over_rows(n_k, ROWS)).sum(axis=1)
 
           zeros = plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), F32), MATRIX)
-          s_xz, dot_x = _accumulate(zeros, dot_x, add, interpret)
-          ring.release(step + dim // 64 - 1)
-          return s_xz, dot_x, step + dim // 64
+          return _stream(ring, step, dim // 64, zeros, dot_x, part, interpret)
 
         def visit(c, carry, *, diagonal):
           step, column, u_x = carry
@@ -713,23 +706,17 @@ def combine(
         past_x = of_rows(refs["past"])
         factor_x = of_rows(refs["factor"]) if "factor" in refs else None
 
-        def read_state(multiply, none):
-          for j in range(tiles):
-            slot = ring.take(step + j)
-            if x.transposed:
-              state = across_state_smem.at[slot].transpose((1, 0))
-            else:
-              state = c_smem.at[slot]
-            multiply(a_smem.at[slot, half], state)
-            if j:
-              plgpu.wgmma_wait(1)
-              ring.release(step + j - 1)
-          return none
+        def read_state(multiply, slot, j, none):
+          if x.transposed:
+            state = across_state_smem.at[slot].transpose((1, 0))
+          else:
+            state = c_smem.at[slot]
+          multiply(a_smem.at[slot, half], state)
 
-        y = plgpu.layout_cast(jnp.zeros((ROWS, width), F32), MATRIX)
-        y, _ = _accumulate(y, None, read_state, interpret)
-        step = step + tiles
-        ring.release(step - 1)
+        zeros = plgpu.layout_cast(jnp.zeros((ROWS, width), F32), MATRIX)
+        y, _, step = _stream(
+          ring, step, tiles, zeros, None, read_state, interpret
+        )
         if x.transposed:
           slot = vector_ring.take(vectors)
           bias = _over_rows(
@@ -745,25 +732,19 @@ def combine(
         if x.mode == "dk":
           dot_x, step = partner_product(y, step)
 
+        def weigh_values(multiply, slot, j, none):
+          if x.mode == "dq":
+            w_ref = across_smem.at[slot, :, half].transpose((1, 0))
+          else:
+            w_ref = a_smem.at[slot, half]
+          multiply(w_ref, c_smem.at[slot])
+
         def block_of(_, carry):
           step, y = carry
-
-          def add(multiply, none):
-            for part in range(per_block):
-              slot = ring.take(step + part)
-              if x.mode == "dq":
-                w_ref = across_smem.at[slot, :, half].transpose((1, 0))
-              else:
-                w_ref = a_smem.at[slot, half]
-              multiply(w_ref, c_smem.at[slot])
-              if part:
-                plgpu.wgmma_wait(1)
-                ring.release(step)
-            return none
-
-          y, _ = _accumulate(y, None, add, interpret)
-          ring.release(step + per_block - 1)
-          return step + per_block, y
+          y, _, step = _stream(
+            ring, step, per_block, y, None, weigh_values, interpret
+          )
+          return step, y
 
         first, end = seen(x, r)
         step, y = lax.fori_loop(first, end, block_of, (step, y))
@@ -942,6 +923,30 @@ def _accumulate(y, x, add, interpret) -> Any:
       x_ref[...] = made
 
   return pl.run_state(run)((plgpu.WGMMAAccumulatorRef.init(y), x))
+
+
+def _stream(ring, step, steps, y, x, part, interpret) -> Any:
+  """y plus the products of the next `steps` buffers of a ring.
+
+  `part` makes one with the function it is given, of a buffer, its number and x,
+  and returns the next x.
+
+  Returns:
+    y, x and the step after these.
+  """
+
+  def add(multiply, x):
+    for j in range(steps):
+      slot = ring.take(step + j)
+      x = part(multiply, slot, j, x)
+      if j:
+        plgpu.wgmma_wait(1)
+        ring.release(step + j - 1)
+    return x
+
+  y, x = _accumulate(y, x, add, interpret)
+  ring.release(step + steps - 1)
+  return y, x, step + steps
 
 
 def _multiply(a, b_ref):
