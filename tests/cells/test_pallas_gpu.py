@@ -257,10 +257,10 @@ def interpreted(chunk, time, dims, gates, **environment):
   ("dims", "most"),
   [
     ((64, 128), 0),
-    ((128, 256), 16),
-    ((256, 512), 16),
-    ((384, 384), 88),
-    ((512, 512), 96),
+    ((128, 256), 4),
+    ((256, 512), 8),
+    ((384, 384), 84),
+    ((512, 512), 84),
   ],
 )
 def test_kernels_compile_for_the_h200_without_one(dims, most):
