@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from xlstm_jax.cells.precision import accumulator, product
+from xlstm_jax.layers.compute import wide
 from xlstm_jax.layers.embedding import attend
 from xlstm_jax.layers.linear import soft_cap
 from xlstm_jax.sharding import on_mesh, split_over
@@ -69,10 +70,8 @@ def token_losses(
   def losses(weight_ZD, x_BTD, targets_BT):
     def of_chunk(xs):
       x_BLD, targets_BL = xs
-      scores_BLZ = attend(weight_ZD, x_BLD)
-      one_hot_BLZ = _one_hot(targets_BL, len(weight_ZD), vocabulary)
-      log_sum_BL = _log_sum(scores_BLZ, cap, vocabulary)
-      return log_sum_BL - _target(scores_BLZ, one_hot_BLZ, cap, vocabulary)
+      log_sum_BL = _log_sum(attend(weight_ZD, x_BLD), cap, vocabulary)
+      return log_sum_BL - _target(weight_ZD, x_BLD, targets_BL, cap, vocabulary)
 
     loss_NBL = jax.lax.map(of_chunk, _split((x_BTD, targets_BT), chunk))
     return _joined(loss_NBL, targets_BT.shape[1])
@@ -98,13 +97,13 @@ def _forward(weight_ZD, x_BTD, targets_BT, weights_BT, chunk, cap):
     def of_chunk(dweight_ZD, xs):
       x_BLD, targets_BL, weights_BL = xs
       scores_BLZ = attend(weight_ZD, x_BLD)
-      one_hot_BLZ = _one_hot(targets_BL, len(weight_ZD), vocabulary)
       log_sum_BL = _log_sum(scores_BLZ, cap, vocabulary)
       # Behind the barrier the compiler caps the scores again as it reads them,
       # in place of writing and reading what it has capped.
       scores_BLZ = jax.lax.optimization_barrier(scores_BLZ)
-      target_BL = _target(scores_BLZ, one_hot_BLZ, cap, vocabulary)
       logits_BLZ, uncap = jax.vjp(partial(soft_cap, cap=cap), scores_BLZ)
+      ids_BL = _local(targets_BL, len(weight_ZD), vocabulary)
+      one_hot_BLZ = jnp.arange(len(weight_ZD)) == ids_BL[..., None]
       dlogits_BLZ = _counted(
         jnp.exp(logits_BLZ - log_sum_BL[..., None]) - one_hot_BLZ,
         weights_BL[..., None],
@@ -112,6 +111,7 @@ def _forward(weight_ZD, x_BTD, targets_BT, weights_BT, chunk, cap):
       (dscores_BLZ,) = uncap(dlogits_BLZ.astype(logits_BLZ.dtype))
       dx_BLD = product("BLZ,ZD->BLD", dscores_BLZ, weight_ZD, dtype)
       dweight_ZD += product("BLZ,BLD->ZD", dscores_BLZ, x_BLD, dtype)
+      target_BL = _target(weight_ZD, x_BLD, targets_BL, cap, vocabulary)
       loss = _counted(log_sum_BL - target_BL, weights_BL).sum()
       return dweight_ZD, (loss, dx_BLD.astype(x_BLD.dtype))
 
@@ -169,13 +169,20 @@ def _log_sum(
 
 
 def _target(
-  scores_BLZ: jax.Array,
-  one_hot_BLZ: jax.Array,
+  weight_ZD: jax.Array,
+  x_BLD: jax.Array,
+  targets_BL: jax.Array,
   cap: float | None,
   vocabulary: tuple[str, ...],
 ) -> jax.Array:
-  """The logit of the target, without a gather over Z."""
-  score_BL = _summed(jnp.where(one_hot_BLZ, scores_BLZ, 0), vocabulary)
+  """The logit of the target, made anew: less to read than all logits."""
+  ids_BL = _local(targets_BL, len(weight_ZD), vocabulary)
+  here_BL = (ids_BL >= 0) & (ids_BL < len(weight_ZD))
+  rows_BLD = weight_ZD.at[ids_BL].get(mode="clip")
+  score_BL = jnp.sum(wide(x_BLD) * wide(rows_BLD), axis=-1)
+  score_BL = jnp.where(here_BL, score_BL, 0)
+  if vocabulary:
+    score_BL = jax.lax.psum(score_BL, vocabulary)
   return soft_cap(score_BL, cap)
 
 
@@ -185,14 +192,13 @@ def _summed(x_BLZ: jax.Array, vocabulary: tuple[str, ...]) -> jax.Array:
   return jax.lax.psum(x_BL, vocabulary) if vocabulary else x_BL
 
 
-def _one_hot(
+def _local(
   targets_BL: jax.Array, size: int, vocabulary: tuple[str, ...]
 ) -> jax.Array:
-  """Where the target is, among the `size` entries that a device has."""
-  ids_Z = jnp.arange(size)
-  if vocabulary:
-    ids_Z += jax.lax.axis_index(vocabulary) * size
-  return ids_Z == targets_BL[..., None]
+  """The targets' places among the `size` entries that a device has."""
+  if not vocabulary:
+    return targets_BL
+  return targets_BL - jax.lax.axis_index(vocabulary) * size
 
 
 def _counted(x: jax.Array, weights: jax.Array) -> jax.Array:

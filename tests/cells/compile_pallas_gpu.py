@@ -15,7 +15,7 @@ from xlstm_jax.cells.mlstm.state import empty_state
 from xlstm_jax.plan import machines
 
 
-def main(key_dim: int, value_dim: int) -> None:
+def main(key_dim: int, value_dim: int, *, normalize: bool) -> None:
   batch, time, heads = 2, 1024, 2
 
   def loss(q, k, v, i, f):
@@ -29,7 +29,7 @@ def main(key_dim: int, value_dim: int) -> None:
       documents(None, state.segment_B, time),
       state,
       stabilize=True,
-      normalize=True,
+      normalize=normalize,
       eps=1e-6,
     )
     return jnp.sum(h.astype(jnp.float32) ** 2)
@@ -50,4 +50,5 @@ def main(key_dim: int, value_dim: int) -> None:
 
 
 if __name__ == "__main__":
-  main(*map(int, sys.argv[1:]))
+  keys, values = map(int, sys.argv[1:3])
+  main(keys, values, normalize="plain" not in sys.argv)

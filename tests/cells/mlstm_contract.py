@@ -425,7 +425,7 @@ def rounded_shares(
   n_terms = np.abs(x.state.n_BHK * expected["dn"])
   terms = C_terms.sum((2, 3)) + n_terms.sum(2)
   largest = {"dm_alone": float(np.max(terms))}
-  factors = {}
+  factors, rounded = {}, ()
   if form.backend in REFUSALS:
     slope = np.max(1 / (1 + np.exp(x.f_BTH)))
     dlog_i = expected["di"]
@@ -436,6 +436,7 @@ def rounded_shares(
     floor = inside + states / (4 * np.finfo(np.float32).eps)
     largest["df"] = float(slope * floor)
     factors = dict.fromkeys(("di", "df", "dC"), 2 * np.sqrt(2))
+    rounded = ("di", "dn")
   shares = {
     name: excess(
       value,
@@ -454,7 +455,9 @@ def rounded_shares(
     if form == TRUTH:
       own = moved(gate, time, options, "float32", form.dims)
     elif factors:
-      own = [{"di": expected["di"].astype(ml_dtypes.bfloat16)}]
+      own = [
+        {name: expected[name].astype(ml_dtypes.bfloat16) for name in rounded}
+      ]
     for name, value in results.items():
       kernel = excess(
         value,

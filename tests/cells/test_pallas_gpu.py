@@ -70,8 +70,8 @@ def by_scales(x, s, chunk: int, eps: float):
     qc, kc, vc = (y[:, :, at * chunk : (at + 1) * chunk] for y in (q, k, v))
     first = s.first_BT[span][:, None, :, None]
     visible = (place <= place[:, None]) & (place >= first)
-    parts = s.reader_BH2T[span][..., None] + s.writer_BH2T[span][..., None, :]
-    w = np.exp(np.where(visible, parts.sum(axis=2), -np.inf))
+    parts = s.reader_BHT[span][..., None] + s.writer_BHT[span][..., None, :]
+    w = np.exp(np.where(visible, parts.sum(axis=0), -np.inf))
     w = w * np.einsum("bhtk,bhsk->bhts", qc, kc)
     past = s.past_BHT[span][..., None]
     u = w.sum(-1) + past[..., 0] * np.einsum("bhtk,bhk->bht", qc, n)

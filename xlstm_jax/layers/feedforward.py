@@ -106,5 +106,11 @@ class FeedForward(nnx.Module):
     """The layer's output, without the residual."""
     up_BTGF = constrain(self.up(x_BTD), "batch", "time", None, "feedforward")
     act = ACTIVATIONS[self.cfg.activation]
-    h_BTF = act(up_BTGF[..., 0, :]) * up_BTGF[..., 1, :]
+
+    # Of this the backward pass keeps what goes in, and none of its steps.
+    @jax.checkpoint
+    def gated(up_BTGF):
+      return act(up_BTGF[..., 0, :]) * up_BTGF[..., 1, :]
+
+    h_BTF = gated(up_BTGF)
     return dropout(self.down(h_BTF), self.dropout, dropout_key)

@@ -22,9 +22,9 @@ from xlstm_jax.cells.mlstm.pallas_gpu_gates import (
   Scales,
   last_stabilizer,
   scales,
+  sums_from,
 )
 from xlstm_jax.cells.mlstm.state import State
-from xlstm_jax.cells.precision import rounded
 from xlstm_jax.errors import UserError
 
 MULTIPROCESSORS = 132
@@ -203,81 +203,69 @@ def _forward(
   )
   C_BHNKV, n_BHNK, C_last, n_last = states()
   floor_BHT, extra_BHT = _floor(s, opt)
-  w_BHTZ, u_BHT, inverse_BHT = _kernels().weigh(
+  read = _kernels().weigh(
     q,
     k,
     n_BHNK,
-    row_BH2T=s.reader_BH2T,
-    column_BH2T=s.writer_BH2T,
+    row_BHT=s.reader_BHT,
+    column_BHT=s.writer_BHT,
     past_BHT=s.past_BHT,
     border_BT=s.first_BT,
-    floor_BHT=floor_BHT,
-    extra_BHT=extra_BHT,
+    to=_kernels().Normalizer(floor_BHT, extra_BHT, opt.normalize),
     chunk=opt.chunk,
-    normalize=opt.normalize,
     interpret=opt.interpret,
   )
   (results,) = _kernels().combine(
-    [
-      _kernels().Sum(
-        "h",
-        q,
-        C_BHNKV,
-        w_BHTZ,
-        v,
-        s.past_BHT,
-        factor_BHT=inverse_BHT,
-        low=keep,
-      )
-    ],
+    [_kernels().Sum("h", q, C_BHNKV, read["pairs"], v, read["past"], low=keep)],
     chunk=opt.chunk,
     interpret=opt.interpret,
   )
-  h, h_low = results["y"], results.get("low")
-  kept = (q, k, v, h, h_low, u_BHT, s, C, C_BHNKV, n_BHNK)
+  h, low = results["y"], results.get("low")
+  kept = (q, k, v, h, low, read, s, C, C_BHNKV, n_BHNK)
   return (h, C_last, n_last, s.m_last_BH), kept
 
 
 def _backward(opt, kept, cotangents):
-  q, k, v, h, h_low, u_BHT, s, C, C_BHNKV, n_BHNK = kept
+  q, k, v, h, low, read, s, C, C_BHNKV, n_BHNK = kept
   dh, dC_last, dn_last, _ = cotangents
   # Else the compiler makes dh anew for each of the results that follow.
   dh = jax.lax.optimization_barrier(dh)
-  dy, bias_BHT, reading_BHT = _readout_backward(opt, s, u_BHT, h, h_low, dh)
+  h = _kernels().exact(h, low, width=_kernels().out_width(h.shape[-1]))
+  bias_BHT, reading_BHT = _readout_backward(opt, s, read, h, dh)
   D_BHNKV, dn_BHNK, dC, dn = _states(
     q,
-    dy,
-    s.past_BHT,
-    s.past_BHT * bias_BHT,
+    dh,
+    read["past"],
+    read["past"] * bias_BHT,
     s.keep_BHN,
     dC_last,
     dn_last,
     opt=opt,
     reverse=True,
   )
-  w_BHTZ, dscores_BHTZ, written_BHT = _kernels().weigh(
+  written = _kernels().weigh(
     k,
     q,
     dn_BHNK,
-    row_BH2T=s.writer_BH2T,
-    column_BH2T=s.reader_BH2T,
+    row_BHT=s.writer_BHT,
+    column_BHT=s.reader_BHT,
     past_BHT=s.write_BHT,
     border_BT=s.final_BT,
-    cotangents=(v, dy, bias_BHT),
+    to=_kernels().Cotangents(v, dh, bias_BHT, read["inverse"]),
     chunk=opt.chunk,
     interpret=opt.interpret,
   )
-  sum_ = _kernels().Sum
+  sum_, dscores_BHTZ = _kernels().Sum, written["pairs"]
   of_q, of_k, of_v = _kernels().combine(
     [
       sum_(
         "dq",
-        dy,
+        dh,
         C_BHNKV,
         dscores_BHTZ,
         k,
-        s.past_BHT,
-        factor_BHT=bias_BHT,
+        read["past"],
+        bias_BHT=bias_BHT,
         vector_BHNO=n_BHNK,
       ),
       sum_(
@@ -290,12 +278,12 @@ def _backward(opt, kept, cotangents):
         vector_BHNO=dn_BHNK,
         partner_BTHO=k,
       ),
-      sum_("dv", k, D_BHNKV, w_BHTZ, dy, s.write_BHT, partner_BTHO=v),
+      sum_("dv", k, D_BHNKV, read["pairs"], dh, s.write_BHT, partner_BTHO=v),
     ],
     chunk=opt.chunk,
     interpret=opt.interpret,
   )
-  di_BHT = written_BHT + of_v["dot"]
+  di_BHT = written["dot"] + of_v["dot"]
   passed_BHT = of_k["dot"]
 
   through_BHN = _through(C_BHNKV, D_BHNKV, C, dC_last)
@@ -310,38 +298,19 @@ def _backward(opt, kept, cotangents):
 _mlstm.defvjp(_forward, _backward)
 
 
-def _readout_backward(opt, s: Scales, u_BHT, h, h_low, dh):
-  """Cotangents of what the normaliser divides, y = h size, and of u.
+def _readout_backward(opt, s: Scales, read, h, dh):
+  """The cotangent of u times what divides, and all that a token reads.
 
-  The first is rounded, as products take it. The third result is all that a
-  token reads, weights times their cotangents, with that rounding: in df it has
-  to cancel what tokens write to each other.
+  That is the sum of its weights times their cotangents, which in df has to
+  cancel what tokens write to each other: both sides are made of the same
+  rounded weights.
   """
-  floor_BHT, extra_BHT = _floor(s, opt)
-  size_BHT = floor_BHT
-  if opt.normalize:
-    size_BHT = jnp.maximum(jnp.abs(u_BHT), floor_BHT) + extra_BHT
-  size_BTH1 = size_BHT.swapaxes(1, 2)[..., None]
-  y = (h.astype(jnp.float32) + h_low.astype(jnp.float32)) * size_BTH1
-  dy = dh.astype(jnp.float32) / size_BTH1
-  dy_rounded = rounded(dy, dh.dtype)
-
-  def with_y(x_BTHV):
-    return jnp.sum(x_BTHV * y, axis=-1).swapaxes(1, 2)
-
-  bias_BHT, reading_BHT = jnp.zeros_like(u_BHT), with_y(dy_rounded)
-  if opt.normalize:
-    free = jnp.abs(u_BHT) > floor_BHT
-    dy_y_BHT = with_y(dy)
-    bias_BHT = jnp.where(free, -jnp.sign(u_BHT) / size_BHT * dy_y_BHT, 0)
-    # Where u itself divides, all weights of a reader together change h by
-    # `extra` alone.
-    reading_BHT = jnp.where(
-      free,
-      with_y(dy_rounded - dy) + extra_BHT / size_BHT * dy_y_BHT,
-      reading_BHT,
-    )
-  return dy_rounded.astype(dh.dtype), bias_BHT, reading_BHT
+  dot_BHT = jnp.sum(dh.astype(jnp.float32) * h, axis=-1).swapaxes(1, 2)
+  _, extra_BHT = _floor(s, opt)
+  # Where u itself divides, all weights of a reader together change h by
+  # `extra` alone.
+  share_BHT = jnp.where(read["sign"] == 0, 1, extra_BHT * read["inverse"])
+  return -read["sign"] * dot_BHT, share_BHT * dot_BHT
 
 
 def _forget_gradient(through_BHN, passed_BHT, net_BHT):
@@ -357,7 +326,7 @@ def _forget_gradient(through_BHN, passed_BHT, net_BHT):
     through_BHN[..., None]
     + jnp.cumsum(passed, axis=3)
     - passed
-    + jax.lax.cumsum(net, axis=3, reverse=True)
+    + sums_from(net)
   )
   return crossing.reshape(net_BHT.shape)
 

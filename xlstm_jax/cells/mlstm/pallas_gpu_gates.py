@@ -22,6 +22,9 @@ GRID = 16
 LOWEST = -4096.0
 
 
+Parts = list[Float[Array, "B H T"]]
+
+
 class Scales(NamedTuple):
   """The weight of token s in token t is exp(reader_t + writer_s).
 
@@ -30,8 +33,8 @@ class Scales(NamedTuple):
   is the number of chunks.
   """
 
-  reader_BH2T: Float[Array, "B H 2 T"]  # with K^-0.5 and the gauge of t
-  writer_BH2T: Float[Array, "B H 2 T"]
+  reader_BHT: Parts  # with K^-0.5 and the gauge of t
+  writer_BHT: Parts
   past_BHT: Float[Array, "B H T"]  # weight of the state before the chunk
   write_BHT: Float[Array, "B H T"]  # weight in the state after the chunk
   keep_BHN: Float[Array, "B H N"]  # weight of the state before in that after
@@ -91,8 +94,8 @@ def scales(
   keep = jnp.where(id_last == before, jnp.exp(keep), 0)
   flat = (batch, heads, time)
   return Scales(
-    jnp.stack([x.reshape(flat) for x in reader], axis=2),
-    jnp.stack([x.reshape(flat) for x in writer], axis=2),
+    [x.reshape(flat) for x in reader],
+    [x.reshape(flat) for x in writer],
     past.reshape(flat),
     write.reshape(flat),
     keep,
@@ -119,6 +122,8 @@ def _stabilizers(i, f, upto, id_, start, m_BH, segment_B):
   # The state before a document has m = 0, as if its first token had also
   # written with log i = log f.
   inside = _running_max(jnp.where(start, jnp.maximum(i, f), i), f, id_)
+  # Else the compiler makes it anew for every result that follows.
+  inside = jax.lax.optimization_barrier(inside)
   # The same between chunks: a chunk writes with the level it ends on.
   id_last, level = id_[..., -1], inside[..., -1]
   total = upto[..., -1]
@@ -140,10 +145,19 @@ def _stabilizers(i, f, upto, id_, start, m_BH, segment_B):
   return jnp.maximum(inside, past), scale
 
 
+def sums_from(x):
+  """y[..., t] = x[..., t] + ... + x[..., T-1].
+
+  Turned round twice: of a cumsum in reverse XLA makes one with T^2 sums on
+  GPUs.
+  """
+  return jnp.cumsum(x[..., ::-1], axis=-1)[..., ::-1]
+
+
 def _sums_after(x):
   """y[..., t] = x[..., t+1] + ... + x[..., T-1]."""
   later = jnp.concatenate([x[..., 1:], jnp.zeros_like(x[..., :1])], axis=-1)
-  return jax.lax.cumsum(later, axis=x.ndim - 1, reverse=True)
+  return sums_from(later)
 
 
 def _running_max(x, f, id_):

@@ -37,6 +37,14 @@ ROW, COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
 _COMPILER = plgpu.CompilerParams(approx_math=True)
 
 
+def _once(*static: str):
+  """Makes a kernel be traced and lowered once, however many blocks call it."""
+  return functools.partial(
+    jax.jit, static_argnames=("chunk", "interpret", *static)
+  )
+
+
+@_once("reverse", "save", "buffers")
 def scan_states(
   k_BTHK: jax.Array,
   v_BTHV: jax.Array,
@@ -225,54 +233,87 @@ def scan_blocks(key_dim: int, value_dim: int) -> tuple[int, int]:
   return key_dim // math.gcd(key_dim, 2 * ROWS), value_dim // width
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Normalizer:
+  """Divides weights, by max(|u|, floor) + extra, before they are rounded.
+
+  u_x is the sum of the weights of x. Without `normalize` the floor divides.
+  """
+
+  floor_BHT: jax.Array
+  extra_BHT: jax.Array
+  normalize: bool = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cotangents:
+  """Of h, and of u (bias_z inverse_z), if inverse_z multiplied for reader z."""
+
+  v_BTHV: jax.Array
+  dh_BTHV: jax.Array
+  bias_BHT: jax.Array
+  inverse_BHT: jax.Array
+
+
+@_once("blocks")
 def weigh(
   a_BTHK: jax.Array,
   b_BTHK: jax.Array,
   vector_BHNK: jax.Array,
   *,
-  row_BH2T: jax.Array,
-  column_BH2T: jax.Array,
+  row_BHT: Sequence[jax.Array],
+  column_BHT: Sequence[jax.Array],
   past_BHT: jax.Array,
   border_BT: jax.Array,
-  floor_BHT: jax.Array | None = None,
-  extra_BHT: jax.Array | None = None,
-  cotangents: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+  to: Normalizer | Cotangents,
   chunk: int,
-  normalize: bool = True,
   blocks: int = 132,
   interpret: Any = None,
-) -> tuple[jax.Array, ...]:
+) -> dict[str, jax.Array]:
   """The weights of all pairs of tokens of a chunk, (a_x b_z) exp(row + column).
 
-  x reads z, which comes before it or is itself, if not before `border_x`. With
-  `cotangents` (v_BTHV, dy_BTHV, bias_BHT) it is the other way round: x writes,
-  and z, after it up to `border_x` or itself, reads.
+  With a normaliser x reads z, which comes before it or is itself, if not before
+  `border_x`. With cotangents it is the other way round: x writes, and z, after
+  it up to `border_x` or itself, reads.
 
   Returns:
-    The weights, in bfloat16, of x and the place of z in its chunk: where no z
-    of a block of 128 is visible they are not written. Then u_x, the sum of the
-    weights plus past_x a_x vector, and the inverse of max(|u|, floor) + extra.
-    With `cotangents` the weights, the gradients (v_x dy_z + bias_z) exp(row +
-    column) of the scores, and the sum of weights times bias_z plus past_x a_x
-    vector.
+    "pairs" in bfloat16, of x and the place of z in its chunk: where no z of a
+    block of 128 is visible they are not written. With a normaliser they are the
+    weights of h: divided. With cotangents they are the gradients of the scores,
+    (v_x dh_z + bias_z) inverse_z exp(row + column).
+    With a normaliser also the "inverse" of what divides, "past" times it, and
+    "sign", that of u where it divides, else 0; u_x is the sum of the weights
+    and past_x (a_x vector). With cotangents "dot", the sum of the divided
+    weights times bias_z, and past_x (a_x vector).
   """
   batch, time, heads, key_dim = a_BTHK.shape
   chunks, tiles = time // chunk, chunk // BLOCK
-  backward = cotangents is not None
+  backward = isinstance(to, Cotangents)
+  normalize = isinstance(to, Normalizer) and to.normalize
   items = batch * heads * chunks * tiles
   blocks = min(blocks, items)
-  rows, columns, bias_BHT = [a_BTHK], [b_BTHK], None
-  if cotangents is not None:
-    v_BTHV, dy_BTHV, bias_BHT = cotangents
-    rows, columns = [*rows, v_BTHV], [*columns, dy_BTHV]
-  outputs = 2 if backward else 1
   stages = 5
-  unused = jnp.zeros((1, 1, BLOCK), F32)
+  inputs = {
+    "vector": vector_BHNK,
+    "past": past_BHT,
+    "border": border_BT,
+  }
+  rows, columns = [a_BTHK], [b_BTHK]
+  if isinstance(to, Cotangents):
+    inputs |= {"bias": to.bias_BHT, "inverse": to.inverse_BHT}
+    rows, columns = [*rows, to.v_BTHV], [*columns, to.dh_BTHV]
+    of_columns = ("bias", "inverse")
+    of_tokens = ("dot",)
+  else:
+    inputs |= {"floor": to.floor_BHT, "extra": to.extra_BHT}
+    of_columns = ()
+    of_tokens = ("sign", "inverse", "past")
 
   def mlstm_weights(
-    x_refs, z_refs, vector_ref, row_ref, column_ref, past_ref, border_ref,
-    floor_ref, extra_ref, bias_ref, w_refs, u_refs,
-    x_smem, z_smem, vector_smem, column_smem, bias_smem, w_smem,
+    refs, row_refs, column_refs, x_refs, z_refs, out_refs,
+    x_smem, z_smem, vector_smem, column_smem, pair_smem,
     full, free, column_full, column_free, item_full, item_free,
   ):  # fmt: skip
     worker, block = lax.axis_index("worker"), lax.axis_index("block")
@@ -301,19 +342,17 @@ def weigh(
         for start, size in _copies(key_dim):
           place = pl.ds(start, size)
           item_ring.fill(
-            slot, vector_ref.at[b, h, n, place], vector_smem.at[slot, place]
+            slot, refs["vector"].at[b, h, n, place], vector_smem.at[slot, place]
           )
 
         def tile(c, counts):
           step, column = counts
           z_tokens = pl.ds(t0 + c * BLOCK, BLOCK)
           slot = column_ring.room(column)
-          column_ring.fill(
-            slot, column_ref.at[b, h, :, z_tokens], column_smem.at[slot]
-          )
-          if backward:
+          sources = [*column_refs, *(refs[name] for name in of_columns)]
+          for i, source in enumerate(sources):
             column_ring.fill(
-              slot, bias_ref.at[b, h, z_tokens], bias_smem.at[slot]
+              slot, source.at[b, h, z_tokens], column_smem.at[slot, i]
             )
           for x_ref, z_ref in zip(x_refs, z_refs, strict=True):
             for j in range(x_ref.shape[-1] // 64):
@@ -340,15 +379,15 @@ def weigh(
         x_tokens = pl.ds(n * chunk + r * BLOCK + worker * ROWS, ROWS)
 
         def of_rows(ref, *place):
+          place = place or (b, h)
           return plgpu.load(
             ref.at[*place, x_tokens], layout=ROW, optimized=False
           )
 
-        row_x = [of_rows(row_ref, b, h, part) for part in range(2)]
-        border_x = of_rows(border_ref, b)
-        past_x = of_rows(past_ref, b, h)
+        row_x = [of_rows(ref) for ref in row_refs]
         # Counted from the first column of the row tile's own block.
-        border_x = border_x - r * BLOCK
+        border_x = of_rows(refs["border"], b) - r * BLOCK
+        past_x = of_rows(refs["past"])
         vector_slot = item_ring.take(k)
 
         def scores(step, dim, dot_x=None):
@@ -368,36 +407,37 @@ def weigh(
           zeros = plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), F32), MATRIX)
           return _stream(ring, step, dim // 64, zeros, dot_x, part, interpret)
 
+        def save(pairs, c, start, stored):
+          place = pl.ds(c * BLOCK + start, 64)
+          _store(
+            pair_smem.at[worker, stored % 2],
+            pairs.astype(BF16),
+            out_refs["pairs"].at[b, h, x_tokens, place],
+            others=1,
+          )
+
         def visit(c, carry, *, diagonal):
-          step, column, u_x = carry
+          """All pairs with a tile; to normalise it returns their weights."""
+          step, column, sum_x = carry
           if diagonal:
-            s_xz, u_x, step = scores(step, key_dim, u_x)
-            u_x = u_x * past_x
+            s_xz, sum_x, step = scores(step, key_dim, sum_x)
+            sum_x = sum_x * past_x
             item_ring.release(k)
           else:
             s_xz, _, step = scores(step, key_dim)
           slot = column_ring.take(column)
           last_x = border_x + (r - c) * BLOCK
-          stored = 0
 
-          def save(x, target_ref, start):
-            nonlocal stored
-            place = pl.ds(c * BLOCK + start, 64)
-            buffer = w_smem.at[worker, stored % 2]
-            target_ref = target_ref.at[b, h, x_tokens, place]
-            _store(buffer, x.astype(BF16), target_ref, others=1)
-            stored += 1
-
-          def of_columns(ref, start):
-            z_k = plgpu.load(ref.at[pl.ds(start, 64)], layout=COLUMN)
+          def of_column(i, start):
+            z_k = plgpu.load(
+              column_smem.at[slot, i, pl.ds(start, 64)], layout=COLUMN
+            )
             return _over_rows(z_k, ROWS)
 
-          parts = [(start, slice(start, start + 64)) for start in (0, 64)]
-          factors = []
-          for start, place in parts:
+          weights, factors = [], []
+          for start in (0, 64):
             log_w = [
-              _over_columns(row_x[i], 64)
-              + of_columns(column_smem.at[slot, i], start)
+              _over_columns(row_x[i], 64) + of_column(i, start)
               for i in range(2)
             ]
             z = _iota(1, interpret) + start
@@ -407,49 +447,78 @@ def weigh(
               x = _iota(0, interpret) + worker * ROWS
               visible = visible & ((z >= x) if backward else (z <= x))
             w_xz = jnp.exp(jnp.where(visible, log_w[0] + log_w[1], -jnp.inf))
-            s_w = s_xz[:, place] * w_xz
-            save(s_w, w_refs[0], start)
             if backward:
-              bias = of_columns(bias_smem.at[slot], start)
-              u_x = u_x + (s_w * bias).sum(axis=1)
+              w_xz = w_xz * of_column(3, start)
               factors.append(w_xz)
+            s_w = s_xz[:, start : start + 64] * w_xz
+            if backward:
+              s_w = s_w * of_column(2, start)
             else:
-              u_x = u_x + s_w.sum(axis=1)
+              weights.append(s_w)
+            sum_x = sum_x + s_w.sum(axis=1)
           if backward:
             g_xz, _, step = scores(step, columns[1].shape[-1])
-            for (start, place), w_xz in zip(parts, factors, strict=True):
-              bias = of_columns(bias_smem.at[slot], start)
-              save((g_xz[:, place] + bias) * w_xz, w_refs[1], start)
+            for i, start in enumerate((0, 64)):
+              g_xw = g_xz[:, start : start + 64] + of_column(2, start)
+              g_w = g_xw * factors[i]
+              save(g_w, c, start, i)
           column_ring.release(column)
-          return step, column + 1, u_x
+          return (step, column + 1, sum_x), weights
 
-        u_x = plgpu.layout_cast(jnp.zeros((ROWS,), F32), ROW)
-        carry = visit(r, (*counts, u_x), diagonal=True)
-        first, count = others(r)
-        step, column, u_x = lax.fori_loop(
-          first,
-          first + count,
-          functools.partial(visit, diagonal=False),
-          carry,
-        )
-        u_refs[0].at[b, h, x_tokens][...] = u_x
-        if not backward:
-          size_x = of_rows(floor_ref, b, h)
+        zeros_x = plgpu.layout_cast(jnp.zeros((ROWS,), F32), ROW)
+        carry, weights = visit(r, (*counts, zeros_x), diagonal=True)
+        if isinstance(to, Cotangents):
+          first, count = others(r)
+          step, column, sum_x = lax.fori_loop(
+            first,
+            first + count,
+            lambda c, carry: visit(c, carry, diagonal=False)[0],
+            carry,
+          )
+          out_refs["dot"].at[b, h, x_tokens][...] = sum_x
+          return step, column
+
+        def normalized(carry, tiles):
+          """Writes what it has of a row, whose sum is whole only now."""
+          step, column, u_x = carry
+          size_x, sign_x = of_rows(refs["floor"]), zeros_x
           if normalize:
-            size_x = jnp.where(jnp.abs(u_x) > size_x, jnp.abs(u_x), size_x)
-            size_x = size_x + of_rows(extra_ref, b, h)
-          u_refs[1].at[b, h, x_tokens][...] = 1 / size_x
-        return step, column
+            free_x = jnp.abs(u_x) > size_x
+            one_x = jnp.where(u_x > 0, jnp.ones_like(u_x), -jnp.ones_like(u_x))
+            sign_x = jnp.where(free_x, one_x, sign_x)
+            size_x = jnp.where(free_x, jnp.abs(u_x), size_x)
+            size_x = size_x + of_rows(refs["extra"])
+          inverse_x = 1 / size_x
+          for c, weights in tiles:
+            for i, s_w in enumerate(weights):
+              save(s_w * _over_columns(inverse_x, 64), c, i * 64, i)
+          out_refs["sign"].at[b, h, x_tokens][...] = sign_x
+          out_refs["inverse"].at[b, h, x_tokens][...] = inverse_x
+          out_refs["past"].at[b, h, x_tokens][...] = past_x * inverse_x
+          return step, column
+
+        def with_first_tile():
+          whole, others = visit(0, carry, diagonal=False)
+          return normalized(whole, [(r, weights), (0, others)])
+
+        def alone():
+          return normalized(carry, [(r, weights)])
+
+        return (
+          alone() if tiles == 1 else lax.cond(r > 0, with_first_tile, alone)
+        )
 
       lax.fori_loop(0, mine, item, (jnp.int32(0), jnp.int32(0)))
       plgpu.wait_smem_to_gmem(0)
 
-  pairs_type = jax.ShapeDtypeStruct((batch, heads, time, chunk), BF16)
-  sums_type = jax.ShapeDtypeStruct(past_BHT.shape, F32)
-  vectors = len(_copies(key_dim))
-  weights, sums_ = plgpu.kernel(
+  tokens_type = jax.ShapeDtypeStruct(past_BHT.shape, F32)
+  outputs = {
+    "pairs": jax.ShapeDtypeStruct((batch, heads, time, chunk), BF16),
+    **dict.fromkeys(of_tokens, tokens_type),
+  }
+  (results,) = plgpu.kernel(
     mlstm_weights,
-    out_type=((pairs_type,) * outputs, (sums_type,) * (3 - outputs)),
+    out_type=(outputs,),
     grid=(blocks,),
     grid_names=("block",),
     num_threads=3,
@@ -458,57 +527,49 @@ def weigh(
       _smem(stages, BLOCK, 64),
       _smem(stages, BLOCK, 64),
       plgpu.SMEM((2, key_dim), F32),
-      plgpu.SMEM((2, 2, BLOCK), F32),
-      plgpu.SMEM((2, BLOCK), F32),
+      plgpu.SMEM((2, 2 + len(of_columns), BLOCK), F32),
       _smem(2, 2, ROWS, 64),
       plgpu.Barrier(num_arrivals=2, num_barriers=stages),
       plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-      plgpu.Barrier(num_arrivals=outputs, num_barriers=2),
+      plgpu.Barrier(num_arrivals=2 + len(of_columns), num_barriers=2),
       plgpu.Barrier(num_arrivals=2, num_barriers=2),
-      plgpu.Barrier(num_arrivals=vectors, num_barriers=2),
+      plgpu.Barrier(num_arrivals=len(_copies(key_dim)), num_barriers=2),
       plgpu.Barrier(num_arrivals=2, num_barriers=2),
     ),
     compiler_params=_COMPILER,
     interpret=interpret,
-  )(
-    rows,
-    columns,
-    vector_BHNK,
-    row_BH2T,
-    column_BH2T,
-    past_BHT,
-    border_BT,
-    *(unused if x is None else x for x in (floor_BHT, extra_BHT, bias_BHT)),
-  )
-  return *weights, *sums_
+  )(inputs, row_BHT, column_BHT, rows, columns)
+  return results
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sum:
   """y_x = past_x a_x state + the sum over z of w_xz c_z.
 
   z runs over the tokens of the chunk that x sees: in "h" and "dq" those up to
   its block of 128, in "dk" and "dv" those from there on. The state is
-  transposed in "dq" and "dk", and so are in "dq" the weights. "h" is multiplied
-  by factor_x in the end; "dq" and "dk" have the vector added to a_x state, "dq"
-  factor_x times it.
+  transposed in "dq" and "dk", which have the vector added to a_x state, "dq"
+  bias_x times it. In "dq" and "dv" w has z first.
 
   Attributes:
     partner: in "dk" and "dv" y_x partner_x is wanted, too, from y before it is
       rounded, in "dk" of the part from the state alone.
-    low: whether what rounding took from y is wanted, too.
+    low: whether what rounding took from y is wanted, too; see `exact`.
   """
 
-  mode: Literal["h", "dq", "dk", "dv"]
+  mode: Literal["h", "dq", "dk", "dv"] = dataclasses.field(
+    metadata={"static": True}
+  )
   a_BTHA: jax.Array
   state_BHN: jax.Array
   w_BHTZ: jax.Array
   c_BTHO: jax.Array
   past_BHT: jax.Array
-  factor_BHT: jax.Array | None = None
+  bias_BHT: jax.Array | None = None
   vector_BHNO: jax.Array | None = None
   partner_BTHO: jax.Array | None = None
-  low: bool = False
+  low: bool = dataclasses.field(default=False, metadata={"static": True})
 
   @property
   def later(self) -> bool:
@@ -526,7 +587,7 @@ class Sum:
       "w": self.w_BHTZ,
       "c": self.c_BTHO,
       "past": self.past_BHT,
-      "factor": self.factor_BHT,
+      "bias": self.bias_BHT,
       "vector": self.vector_BHNO,
       "partner": self.partner_BTHO,
     }
@@ -534,16 +595,18 @@ class Sum:
 
   def results(self, width: int) -> dict[str, jax.ShapeDtypeStruct]:
     """What it writes, if a block computes `width` columns."""
-    y = jax.ShapeDtypeStruct(self.c_BTHO.shape, BF16)
-    results = {"y": y}
+    *rows, out_dim = self.c_BTHO.shape
+    tiles = out_dim // width
+    results = {"y": jax.ShapeDtypeStruct((*rows, out_dim), BF16)}
     if self.low:
-      results["low"] = y
+      low_dim = tiles * -(-width // BLOCK) * 64
+      results["low"] = jax.ShapeDtypeStruct((*rows, low_dim), BF16)
     if self.later:
-      tiles = self.c_BTHO.shape[-1] // width
       results["dot"] = jax.ShapeDtypeStruct((tiles, *self.past_BHT.shape), F32)
     return results
 
 
+@_once("blocks")
 def combine(
   sums: Sequence[Sum], *, chunk: int, blocks: int = 132, interpret: Any = None
 ) -> list[dict[str, jax.Array]]:
@@ -652,7 +715,7 @@ def combine(
         def tile(z, step):
           slot = ring.room(step)
           tokens = pl.ds(t0 + z * depth, depth)
-          if x.mode == "dq":
+          if x.mode in ("dq", "dv"):
             place = (tokens, pl.ds(r * BLOCK, BLOCK))
             target = across_smem
           else:
@@ -704,7 +767,7 @@ def combine(
           return plgpu.load(ref.at[b, h, rows], layout=ROW, optimized=False)
 
         past_x = of_rows(refs["past"])
-        factor_x = of_rows(refs["factor"]) if "factor" in refs else None
+        bias_x = of_rows(refs["bias"]) if x.mode == "dq" else None
 
         def read_state(multiply, slot, j, none):
           if x.transposed:
@@ -719,12 +782,12 @@ def combine(
         )
         if x.transposed:
           slot = vector_ring.take(vectors)
-          bias = _over_rows(
+          vector = _over_rows(
             plgpu.load(vector_smem.at[slot], layout=COLUMN), ROWS
           )
-          if x.mode == "dq":
-            bias = bias * _over_columns(factor_x, width)
-          y = y + bias
+          if bias_x is not None:
+            vector = vector * _over_columns(bias_x, width)
+          y = y + vector
           vector_ring.release(vectors)
           vectors += 1
         y = y * _over_columns(past_x, width)
@@ -733,7 +796,7 @@ def combine(
           dot_x, step = partner_product(y, step)
 
         def weigh_values(multiply, slot, j, none):
-          if x.mode == "dq":
+          if x.mode in ("dq", "dv"):
             w_ref = across_smem.at[slot, :, half].transpose((1, 0))
           else:
             w_ref = a_smem.at[slot, half]
@@ -748,8 +811,6 @@ def combine(
 
         first, end = seen(x, r)
         step, y = lax.fori_loop(first, end, block_of, (step, y))
-        if x.mode == "h":
-          y = y * _over_columns(factor_x, width)
         if x.mode == "dv":
           dot_x, step = partner_product(y, step)
         if x.later:
@@ -759,22 +820,25 @@ def combine(
 
         def save(x, target_ref, start):
           nonlocal stored
-          place = pl.ds(o * width + start, 64)
           _store(
             y_smem.at[worker, stored % stores],
             x,
-            target_ref.at[b, rows, h, place],
+            target_ref.at[b, rows, h, pl.ds(start, 64)],
             others=stores - 1,
           )
           stored += 1
 
-        for j in range(width // 64):
-          exact = y[:, j * 64 : (j + 1) * 64]
-          rounded = exact.astype(BF16)
-          save(rounded, out_refs["y"], j * 64)
+        for pair in range(0, width, BLOCK):
+          rests = []
+          for start in range(pair, min(pair + BLOCK, width), 64):
+            part = y[:, start : start + 64]
+            rounded = part.astype(BF16)
+            save(rounded, out_refs["y"], o * width + start)
+            if x.low:
+              rests.append(_rest(part, rounded))
           if x.low:
-            rest = exact - rounded.astype(F32)
-            save(rest.astype(BF16), out_refs["low"], j * 64)
+            start = (o * -(-width // BLOCK) + pair // BLOCK) * 64
+            save(_packed(rests), out_refs["low"], start)
         return step, vectors
 
       each_item(compute, (jnp.int32(0), jnp.int32(0)))
@@ -804,6 +868,38 @@ def combine(
     if "dot" in result:
       result["dot"] = jnp.sum(result["dot"], axis=0)
   return results
+
+
+def exact(y: jax.Array, low: jax.Array, *, width: int) -> jax.Array:
+  """What `combine` rounded to y, in float32 that ends in 8 bits of zeros.
+
+  `width` is how many columns a block computed.
+  """
+  *rows, out_dim = y.shape
+  packed = lax.bitcast_convert_type(low, jnp.int16).astype(jnp.int32)
+  packed = packed.reshape(*rows, out_dim // width, -1, 1, 64)
+  shift = jnp.array([24, 16], jnp.int32)[:, None]
+  rests = lax.shift_right_arithmetic(packed << shift, 24)
+  rests = rests.reshape(*rows, out_dim // width, -1)[..., :width]
+  bits = lax.bitcast_convert_type(y, jnp.int16).astype(jnp.int32) << 16
+  bits += rests.reshape(y.shape) << 8
+  return lax.bitcast_convert_type(bits, F32)
+
+
+def _rest(x, rounded):
+  """The bits of float32 x less those of rounded x, in 256ths, 8 of them."""
+  bits = [
+    lax.bitcast_convert_type(y, jnp.int32) for y in (x, rounded.astype(F32))
+  ]
+  return jnp.minimum((bits[0] - bits[1] + 128) >> 8, 127)
+
+
+def _packed(rests):
+  """One or two integers of 8 bits, in bfloat16 of the same 16 bits."""
+  low = rests[0] & 255
+  if len(rests) == 2:
+    low = low | (rests[1] << 8)
+  return lax.bitcast_convert_type(low.astype(jnp.int16), BF16)
 
 
 def out_width(*out_dims: int) -> int:
