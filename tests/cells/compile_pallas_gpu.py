@@ -1,6 +1,9 @@
 """Compiles the kernels' forward and backward pass for an H200 without one.
 
-A process compiles for one kind of GPU only, hence a program of its own.
+    python compile_pallas_gpu.py KEYS VALUES [plain]
+
+"plain" is without the normaliser. A process compiles for one kind of GPU only,
+hence a program of its own.
 """
 
 import sys
