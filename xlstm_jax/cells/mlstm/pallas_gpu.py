@@ -198,10 +198,9 @@ def _forward(
     key_dim=opt.key_dim,
     stabilize=opt.stabilize,
   )
-  states = partial(
-    _states, k, v, s.write_BHT, s.write_BHT, s.keep_BHN, C, n, opt=opt
+  C_BHNKV, n_BHNK, C_last, n_last = _states(
+    k, v, s.write_BHT, s.write_BHT, s.keep_BHN, C, n, opt=opt
   )
-  C_BHNKV, n_BHNK, C_last, n_last = states()
   floor_BHT, extra_BHT = _floor(s, opt)
   read = _kernels().weigh(
     q,

@@ -5,7 +5,7 @@ registers; `weigh` makes the weights of all pairs of tokens inside chunks;
 `combine` sums values by these weights, and adds a read of the state between
 chunks. The backward pass is the same three kernels with the operands
 exchanged: `scan_states` backward in time gives the gradients of the states,
-`weigh` also those of the scores, and every gradient of q, k, v is a `combine`.
+`weigh` those of the scores, and every gradient of q, k, v is a `combine`.
 
 Each block is two computing warpgroups of 64 rows and one that loads tiles
 through TMA into rings of buffers, ahead of the computation. The kernels move
@@ -417,7 +417,7 @@ def weigh(
           )
 
         def visit(c, carry, *, diagonal):
-          """All pairs with a tile; to normalise it returns their weights."""
+          """All pairs with a tile. With a normaliser it returns the weights."""
           step, column, sum_x = carry
           if diagonal:
             s_xz, sum_x, step = scores(step, key_dim, sum_x)
@@ -459,9 +459,8 @@ def weigh(
           if backward:
             g_xz, _, step = scores(step, columns[1].shape[-1])
             for i, start in enumerate((0, 64)):
-              g_xw = g_xz[:, start : start + 64] + of_column(2, start)
-              g_w = g_xw * factors[i]
-              save(g_w, c, start, i)
+              part_xz = g_xz[:, start : start + 64] + of_column(2, start)
+              save(part_xz * factors[i], c, start, i)
           column_ring.release(column)
           return (step, column + 1, sum_x), weights
 
@@ -478,8 +477,8 @@ def weigh(
           out_refs["dot"].at[b, h, x_tokens][...] = sum_x
           return step, column
 
-        def normalized(carry, tiles):
-          """Writes what it has of a row, whose sum is whole only now."""
+        def normalized(carry, parts):
+          """Writes the weights of a row tile, whose sums are whole only now."""
           step, column, u_x = carry
           size_x, sign_x = of_rows(refs["floor"]), zeros_x
           if normalize:
@@ -489,7 +488,7 @@ def weigh(
             size_x = jnp.where(free_x, jnp.abs(u_x), size_x)
             size_x = size_x + of_rows(refs["extra"])
           inverse_x = 1 / size_x
-          for c, weights in tiles:
+          for c, weights in parts:
             for i, s_w in enumerate(weights):
               save(s_w * _over_columns(inverse_x, 64), c, i * 64, i)
           out_refs["sign"].at[b, h, x_tokens][...] = sign_x
@@ -497,9 +496,10 @@ def weigh(
           out_refs["past"].at[b, h, x_tokens][...] = past_x * inverse_x
           return step, column
 
+        # A chunk has at most two tiles: registers hold no more weights.
         def with_first_tile():
-          whole, others = visit(0, carry, diagonal=False)
-          return normalized(whole, [(r, weights), (0, others)])
+          whole, before = visit(0, carry, diagonal=False)
+          return normalized(whole, [(r, weights), (0, before)])
 
         def alone():
           return normalized(carry, [(r, weights)])
@@ -616,7 +616,8 @@ def combine(
   about the same time.
 
   Returns:
-    For every sum "y" in bfloat16, and what it wants of "dot" and "low".
+    For every sum "y" in bfloat16, and what it wants of "dot" and "low", which
+    is packed (`exact`).
   """
   batch, time, heads, _ = sums[0].a_BTHA.shape
   width = out_width(*(x.c_BTHO.shape[-1] for x in sums))
@@ -867,6 +868,9 @@ def combine(
   for result in results:
     if "dot" in result:
       result["dot"] = jnp.sum(result["dot"], axis=0)
+    if "low" in result:
+      # No number of bfloat16: nobody shall handle it as one.
+      result["low"] = lax.bitcast_convert_type(result["low"], jnp.int16)
   return results
 
 
@@ -876,7 +880,7 @@ def exact(y: jax.Array, low: jax.Array, *, width: int) -> jax.Array:
   `width` is how many columns a block computed.
   """
   *rows, out_dim = y.shape
-  packed = lax.bitcast_convert_type(low, jnp.int16).astype(jnp.int32)
+  packed = low.astype(jnp.int32)
   packed = packed.reshape(*rows, out_dim // width, -1, 1, 64)
   shift = jnp.array([24, 16], jnp.int32)[:, None]
   rests = lax.shift_right_arithmetic(packed << shift, 24)
