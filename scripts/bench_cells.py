@@ -34,6 +34,7 @@ from xlstm_jax.errors import UserError, exit_code
 
 ROWS = (
   "pallas_gpu",
+  "pallas_gpu-128",
   "chunkwise-64",
   "chunkwise-128",
   "chunkwise-256",
