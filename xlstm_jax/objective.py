@@ -179,16 +179,13 @@ def _target(
   ids_BL = _local(targets_BL, len(weight_ZD), vocabulary)
   here_BL = (ids_BL >= 0) & (ids_BL < len(weight_ZD))
   rows_BLD = weight_ZD.at[ids_BL].get(mode="clip")
-  score_BL = jnp.sum(wide(x_BLD) * wide(rows_BLD), axis=-1)
-  score_BL = jnp.where(here_BL, score_BL, 0)
-  if vocabulary:
-    score_BL = jax.lax.psum(score_BL, vocabulary)
-  return soft_cap(score_BL, cap)
+  terms_BLD = jnp.where(here_BL[..., None], wide(x_BLD) * wide(rows_BLD), 0)
+  return soft_cap(_summed(terms_BLD, vocabulary), cap)
 
 
-def _summed(x_BLZ: jax.Array, vocabulary: tuple[str, ...]) -> jax.Array:
-  """The sum over the vocabulary, of which a device may have a part."""
-  x_BL = x_BLZ.sum(-1)
+def _summed(x: jax.Array, vocabulary: tuple[str, ...]) -> jax.Array:
+  """The sum over the last axis, of which devices may have parts."""
+  x_BL = x.sum(-1)
   return jax.lax.psum(x_BL, vocabulary) if vocabulary else x_BL
 
 

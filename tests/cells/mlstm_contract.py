@@ -404,8 +404,8 @@ def rounded_shares(
   of what an ulp in the inputs changes, and 4 ulp of the largest on top; of
   its logarithm where all are small, as gates are summed in exponents. In
   bfloat16 the kernel bound holds as well: native is the chunkwise form at the
-  same chunk, or at T for a form without chunks. Of the gates' gradients a
-  kernel may lose what decision 5 says.
+  same chunk, or at T for a form without chunks. Of the gradients of gates
+  and of the first state a kernel may lose what decision 5 says.
 
   The definition is no measure of itself: its own loss allows it nothing, so
   that the rest is an absolute bound, which holds at the default `time` (at 301

@@ -212,8 +212,10 @@ def test_packed_bits_give_16_of_the_bits_of_float32(width):
   low = jax.lax.bitcast_convert_type(jnp.concatenate(packed, -1), jnp.int16)
   got = kernels.exact(exact.astype(jnp.bfloat16), low, width=width)
   # Half of the last of 16 bits; all of it where rounding took the most.
-  assert np.all(np.abs(got - exact) <= 2.0**-15 * np.abs(exact))
-  assert np.mean(np.abs(got / exact - 1)) <= 2.0**-17
+  # 2^-15.36 and 2^-17.45 measured.
+  error = np.abs(got / exact - 1)
+  assert np.max(error) <= 2.0**-15.3
+  assert np.mean(error) <= 2.0**-17.4
 
 
 @pytest.mark.slow
