@@ -63,3 +63,12 @@ def test_log_gates(input_gate):
     expected = log_sigmoid
   np.testing.assert_allclose(log_i[0, :, 0], [*expected, -np.inf], atol=1e-30)
   np.testing.assert_allclose(log_f[0, :, 0], [*log_sigmoid, 0.0], atol=1e-30)
+
+
+def test_the_largest_gives_all_its_gradient_to_the_first_of_equals():
+  x = jnp.array([[1.0, 3.0, 3.0], [-jnp.inf, -jnp.inf, -jnp.inf], [2, 1, 0]])
+  np.testing.assert_array_equal(gates.largest(x), [3, -jnp.inf, 2])
+  grad = jax.grad(lambda x: jnp.sum(gates.largest(x) * jnp.array([1.0, 2, 3])))(
+    x
+  )
+  np.testing.assert_array_equal(grad, [[0, 1, 0], [2, 0, 0], [3, 0, 0]])

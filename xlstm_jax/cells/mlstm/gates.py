@@ -39,6 +39,25 @@ def larger(
   return jnp.where(past >= present, past, present)
 
 
+@jax.custom_jvp
+def largest(x: Float[Array, "*batch T"]) -> Float[Array, "*batch"]:
+  """The largest of the last axis; of equals the first gets all the gradient.
+
+  `jnp.max` shares its gradient among those that compare as equal to it. Where
+  XLA computes x once more for that comparison and rounds it otherwise, there
+  are none, and the gradient is 0 / 0.
+  """
+  return jnp.max(x, axis=-1)
+
+
+@largest.defjvp
+def _largest_jvp(primals, tangents):
+  (x,), (dx,) = primals, tangents
+  place = jnp.argmax(x, axis=-1, keepdims=True)
+  chosen = jnp.arange(x.shape[-1]) == place
+  return largest(x), jnp.sum(jnp.where(chosen, dx, 0), axis=-1)
+
+
 def sums_upto(x: Float[Array, "*batch T"]) -> Float[Array, "*batch T"]:
   """y[t] = x[0] + ... + x[t]."""
   return _sums(x, "S,TS->T", np.tri(x.shape[-1]))

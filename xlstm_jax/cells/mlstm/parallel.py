@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from xlstm_jax.cells.documents import Documents
 from xlstm_jax.cells.mlstm.gates import (
   larger,
+  largest,
   sums_after,
   sums_between,
 )
@@ -70,7 +71,7 @@ def outputs(
   if stabilize:
     m_BTH = larger(
       since_BTH + jnp.where(continues_BT1, state.m_BH[:, None], 0),
-      jnp.max(log_w_BHTS, axis=-1).mT,
+      largest(log_w_BHTS).mT,
     )
   else:
     m_BTH = jnp.zeros_like(log_i)
@@ -108,7 +109,7 @@ def update(
   decay_BH = jnp.where(continues_B1, since_BH, -jnp.inf)
   if stabilize:
     start_BH = jnp.where(continues_B1, -jnp.inf, since_BH)
-    m_BH = larger(start_BH, jnp.max(log_w_BTH, axis=1))
+    m_BH = larger(start_BH, largest(log_w_BTH.mT))
   else:
     m_BH = jnp.zeros_like(since_BH)
   # Padding alone has m = -inf: it adds 0 in any scale.
