@@ -1,6 +1,7 @@
 """A run looks at its kernel before the first step."""
 
 import dataclasses
+import json
 from typing import Any, cast
 
 import jax
@@ -10,15 +11,20 @@ from etils import epath
 
 from xlstm_jax import sharding
 from xlstm_jax.cells.mlstm import KERNELS, backends, self_test
+from xlstm_jax.cells.mlstm.chunkwise import chunkwise
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data.pipeline import DataConfig
 from xlstm_jax.errors import UserError
 from xlstm_jax.layers.compute import Compute
+from xlstm_jax.mixers.mlstm import MLSTMConfig
 from xlstm_jax.models import presets
+from xlstm_jax.models.config import ModelConfig
 from xlstm_jax.models.language_model import Definition
 from xlstm_jax.sharding import MeshConfig
 from xlstm_jax.train import kernels, loop
+from xlstm_jax.train import step as steps
 from xlstm_jax.train.run import Run
+from xlstm_jax.train.status import Status
 
 CFG = RunConfig(
   model=presets.large("7B"),
@@ -42,12 +48,40 @@ def run(cfg) -> Run:
   )
 
 
-def test_the_kernel_is_tested_as_it_will_run(monkeypatch, capsys):
-  tested = []
-  monkeypatch.setattr(
-    self_test, "check", lambda *args, **options: tested.append((args, options))
-  )
-  kernels.check(run(CFG))
+class Step:
+  """A step that compiles to a word."""
+
+  def lower(self, state, batch):
+    assert state.step.shape == ()
+    assert batch["inputs"].shape == (64, 8192)
+    return self
+
+  def compile(self):
+    return "compiled"
+
+
+@pytest.fixture
+def tested(monkeypatch):
+  """What comparisons were prepared, and how often they ran."""
+  found = []
+
+  def prepared(*args, **options):
+    found.append((args, options))
+    return lambda: found.append("compared")
+
+  monkeypatch.setattr(steps, "compiled", lambda *_: Step())
+  monkeypatch.setattr(self_test, "prepared", prepared)
+  return found
+
+
+def checked_step(cfg):
+  this = run(cfg)
+  with jax.set_mesh(this.mesh):
+    return kernels.checked_step(this)
+
+
+def test_the_kernel_is_tested_as_it_will_run(tested, capsys):
+  assert checked_step(CFG) == "compiled"
   assert tested == [
     (
       ("pallas_gpu", (4, 8192, 4, 256, 512)),
@@ -58,43 +92,41 @@ def test_the_kernel_is_tested_as_it_will_run(monkeypatch, capsys):
         "normalize": True,
         "eps": 1e-6,
       },
-    )
+    ),
+    "compared",
   ]
   assert "pallas_gpu agrees" in capsys.readouterr().out
 
 
-def test_what_auto_chooses_is_tested(monkeypatch):
-  tested = []
-  monkeypatch.setattr(
-    self_test, "check", lambda *args, **_: tested.append(args[0])
-  )
+def test_what_auto_chooses_is_tested(tested, monkeypatch):
   chosen = dataclasses.replace(CFG, compute=Compute())
-  kernels.check(run(chosen))
+  assert isinstance(checked_step(chosen), Step)
   assert not tested
   monkeypatch.setattr(backends, "device_refusal", lambda: None)
-  kernels.check(run(chosen))
-  assert tested == ["pallas_gpu"]
+  checked_step(chosen)
+  assert tested[0][0][0] == "pallas_gpu"
 
 
-def test_where_auto_leaves_the_kernel_out_the_run_says_why(monkeypatch, capsys):
+def test_where_auto_leaves_the_kernel_out_the_run_says_why(
+  tested, monkeypatch, capsys
+):
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  kernels.check(run(dataclasses.replace(CFG, compute=Compute())))
+  checked_step(dataclasses.replace(CFG, compute=Compute()))
   told = capsys.readouterr().out
   assert told.startswith("kernels   native mLSTM, not pallas_gpu: it needs a ")
   named = Compute(mlstm_backend="chunkwise")
-  kernels.check(run(dataclasses.replace(CFG, compute=named)))
+  checked_step(dataclasses.replace(CFG, compute=named))
   assert not capsys.readouterr().out
+  assert not tested
 
 
-def test_the_native_form_and_models_without_it_are_not_tested(monkeypatch):
-  monkeypatch.setattr(
-    self_test, "check", lambda *_, **__: pytest.fail("tested")
-  )
+def test_the_native_form_and_models_without_it_are_not_tested(tested):
   native = dataclasses.replace(CFG, compute=Compute(mlstm_backend="chunkwise"))
-  kernels.check(run(native))
+  checked_step(native)
   recurrent = presets.every(0, 1, CFG.model.num_blocks)
   model = dataclasses.replace(CFG.model, slstm_at=recurrent)
-  kernels.check(run(dataclasses.replace(CFG, model=model)))
+  checked_step(dataclasses.replace(CFG, model=model))
+  assert not tested
 
 
 def test_a_kernel_that_cannot_run_here_stops_the_run():
@@ -102,17 +134,53 @@ def test_a_kernel_that_cannot_run_here_stops_the_run():
   small = dataclasses.replace(CFG, model=presets.large("165M"), batch_size=16)
   small = dataclasses.replace(small, data=DataConfig(context=64))
   with pytest.raises(UserError, match="pallas_gpu' cannot run"):
-    kernels.check(run(small))
+    checked_step(small)
 
 
-def test_training_looks_before_the_first_step(tmp_path, monkeypatch):
+@pytest.fixture
+def short_run(tmp_path):
+  """A run of two steps with a kernel of that name."""
   prepared = small_run.prepared(tmp_path, "data", "--tokenizer=byte")
-  monkeypatch.setattr(kernels, "check", refuse)
-  cfg = RunConfig(data=DataConfig(paths=(prepared,), context=16))
-  with pytest.raises(UserError, match="wrong on this device"):
-    loop.train(cfg, tmp_path / "run")
+  model = ModelConfig(
+    vocab_size=257,
+    width=16,
+    num_blocks=1,
+    mlstm=MLSTMConfig(num_heads=2, round_to=16),
+  )
+  return lambda backend, steps=2: RunConfig(
+    model=model,
+    data=DataConfig(paths=(prepared,), context=32),
+    compute=Compute(mlstm_backend=backend),
+    batch_size=8,
+    steps=steps,
+  )
+
+
+def test_a_run_with_a_sound_kernel_trains_and_continues(
+  short_run, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setitem(KERNELS, "sound", chunkwise)
+  losses = []
+  for backend, told in (("sound", 2), ("chunkwise", 0)):
+    workdir = tmp_path / backend
+    for until in (2, 4):
+      assert loop.train(short_run(backend, until), workdir) == Status.DONE
+    said = capsys.readouterr().out
+    assert said.count("sound agrees with the native form") == told
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    losses.append([record.get("loss") for record in map(json.loads, lines)])
+  assert losses[0] == losses[1]
+  assert len(losses[0]) >= 4
+
+
+def test_a_run_with_a_wrong_kernel_stops_before_the_first_step(
+  short_run, tmp_path, monkeypatch
+):
+  def doubled(*args, **options):
+    h, state = chunkwise(*args, **options)
+    return 2 * h, state
+
+  monkeypatch.setitem(KERNELS, "doubled", doubled)
+  with pytest.raises(UserError, match="'doubled' computes wrongly on cpu"):
+    loop.train(short_run("doubled"), tmp_path / "run")
   assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-def refuse(run):
-  raise UserError("wrong on this device")

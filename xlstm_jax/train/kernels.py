@@ -1,5 +1,8 @@
 """The mLSTM kernel of a run, and a look at it before it trains."""
 
+import concurrent.futures
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,28 +11,52 @@ from jax.sharding import Mesh
 from xlstm_jax.cells.mlstm import KERNELS, backends, self_test
 from xlstm_jax.config import RunConfig
 from xlstm_jax.sharding import batch_shards
+from xlstm_jax.train import state as states
+from xlstm_jax.train import step as steps
 from xlstm_jax.train.run import Run, say
 
 
-def check(run: Run) -> None:
-  """Compares a kernel with the native form at the run's shapes on a device.
+def checked_step(run: Run) -> Any:
+  """The jitted training step, on the current mesh, once its kernel is right.
 
-  Whether it was named or "auto" chose it; of a GPU on which "auto" did not, it
-  says why.
+  A kernel, whether it was named or "auto" chose it, is compared with the native
+  form at the run's shapes on a device. That takes an instant, but the program
+  has to be compiled: it is while XLA compiles the step. Of a GPU on which
+  "auto" chose no kernel it says why.
 
   Raises:
     UserError: they disagree, or the kernel refuses the device or the shapes.
   """
+  step = steps.compiled(run.definition, run.cfg, run.mesh)
+  prepare = _comparison(run)
+  if prepare is None:
+    return step
+  lowered = step.lower(
+    states.abstract(run.definition, run.mesh),
+    steps.abstract_batch(run.cfg, run.mesh),
+  )
+  with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    prepared = thread.submit(prepare)
+    compiled = lowered.compile()
+    prepared.result()()
+  name = backend(run.cfg, run.mesh)
+  say(f"kernels   {name} agrees with the native form on this device")
+  return compiled
+
+
+def _comparison(run: Run) -> Callable[[], Callable[[], None]] | None:
+  """What prepares the comparison of the run's kernel, if it has one."""
   if set(run.cfg.model.kinds) == {"slstm"}:
-    return
+    return None
   name = backend(run.cfg, run.mesh)
   if name not in KERNELS:
     if name != run.cfg.compute.mlstm_backend and jax.default_backend() == "gpu":
       reason = backends.left_out(**_cell(run.cfg, run.mesh))
       say(f"kernels   native mLSTM, not pallas_gpu: {reason}")
-    return
+    return None
   mixer = run.cfg.model.memory
-  self_test.check(
+  return functools.partial(
+    self_test.prepared,
     name,
     share(run.cfg, run.mesh),
     dtype=run.cfg.compute.dtype,
@@ -38,7 +65,6 @@ def check(run: Run) -> None:
     normalize=mixer.normalize,
     eps=mixer.eps,
   )
-  say(f"kernels   {name} agrees with the native form on this device")
 
 
 def backend(cfg: RunConfig, mesh: Mesh) -> str:

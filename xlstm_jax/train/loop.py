@@ -23,7 +23,6 @@ from xlstm_jax.train import (
   rollbacks,
 )
 from xlstm_jax.train import state as states
-from xlstm_jax.train import step as steps
 from xlstm_jax.train import workdir as folder
 from xlstm_jax.train.feed import Feed
 from xlstm_jax.train.interrupt import Interrupt, Stopped
@@ -92,13 +91,13 @@ def train(
     folder.describe(run)
     trained.use_compilation_cache(cfg)
     report.describe(run)
-    kernels.check(run)
     goodput = accounting.Goodput(workdir, clock)
     # Last, however the run ends.
     stack.callback(lambda: say(f"goodput   {goodput.line()}"))
     decided = list(rollbacks.read(workdir))
-    train_step = steps.compiled(run.definition, cfg, run.mesh)
     stack.enter_context(jax.set_mesh(run.mesh))
+    with clock.spent_on(accounting.COMPILE):
+      train_step = kernels.checked_step(run)
     end = None
     while end is None:
       end = _train(run, train_step, decided, stopped, clock, goodput)

@@ -5,7 +5,8 @@ in their gradients alone. So a run looks before its first step.
 """
 
 import functools
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ NATIVE = "chunkwise"
 # refused for the luck of one draw, and a wrong one is off by far more.
 FACTOR = 16.0
 DOCUMENTS = 3
+# What XLA would time on the GPU to make the native form fast, it does not need.
+UNTUNED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
 class Shape(NamedTuple):
@@ -46,7 +49,7 @@ class Finding(NamedTuple):
   allowed: float
 
 
-def check(
+def prepared(
   backend: str,
   shape: Shape,
   *,
@@ -55,8 +58,10 @@ def check(
   input_gate: Literal["exp", "sigmoid"] = "exp",
   normalize: bool = True,
   eps: float = 1e-6,
-) -> None:
-  """Compares a backend's values and gradients with those of the native form.
+) -> Callable[[], None]:
+  """Compiles the comparison of a backend with the native form.
+
+  It computes nothing on the device, and so disturbs nothing there.
 
   Args:
     backend: the name of one.
@@ -64,18 +69,40 @@ def check(
     dtype: of q, k and v.
     chunk, input_gate, normalize, eps: as `mlstm` takes them.
 
+  Returns:
+    What compares values and gradients, and raises a `UserError` with the
+    figures if they disagree.
+
   Raises:
-    UserError: they disagree, or the backend refuses the device or the shape.
+    UserError: the backend refuses the device or the shape.
   """
-  found = findings(
-    backend,
+  lowered = _measured.lower(
     shape,
     dtype=dtype,
+    backend=backend,
     chunk=chunk,
     input_gate=input_gate,
     normalize=normalize,
     eps=eps,
   )
+  measure = lowered.compile(UNTUNED if jax.default_backend() == "gpu" else None)
+
+  def compare():
+    _judge(backend, shape, findings(measure()))
+
+  return compare
+
+
+def findings(measured: dict[str, Any]) -> dict[str, Finding]:
+  """The errors of h and of the gradients against the native form in float32."""
+  ulp = float(jnp.finfo(jnp.float32).eps)
+  return {
+    name: Finding(kernel, native, FACTOR * native + 4 * ulp * largest)
+    for name, (kernel, native, largest) in jax.tree.map(float, measured).items()
+  }
+
+
+def _judge(backend: str, shape: Shape, found: dict[str, Finding]) -> None:
   # A NaN is not below anything.
   wrong = [name for name, f in found.items() if not f.kernel <= f.allowed]
   if wrong:
@@ -89,33 +116,6 @@ def check(
       f"{jax.devices()[0].device_kind} at {shape}: {figures}. Train with "
       f"--config.compute.mlstm_backend={NATIVE}, and report this."
     )
-
-
-def findings(
-  backend: str,
-  shape: Shape,
-  *,
-  dtype: str,
-  chunk: int | None,
-  input_gate: Literal["exp", "sigmoid"],
-  normalize: bool,
-  eps: float,
-) -> dict[str, Finding]:
-  """The errors of h and of the gradients against the native form in float32."""
-  measured = _measured(
-    shape,
-    dtype=dtype,
-    backend=backend,
-    chunk=chunk,
-    input_gate=input_gate,
-    normalize=normalize,
-    eps=eps,
-  )
-  ulp = float(jnp.finfo(jnp.float32).eps)
-  return {
-    name: Finding(kernel, native, FACTOR * native + 4 * ulp * largest)
-    for name, (kernel, native, largest) in jax.tree.map(float, measured).items()
-  }
 
 
 @functools.partial(
