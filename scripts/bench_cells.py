@@ -2,19 +2,30 @@
 
   python scripts/bench_cells.py --json=bench.json
   python scripts/bench_cells.py --shape=1,256,2,64,128 --row=chunkwise-64
+  python scripts/bench_cells.py --tune --shape=8,8192,8,256,512 --jobs=8
 
 A shape is rows, tokens, heads, keys and values. Every row of the table runs in
 a process of its own; one that cannot run says why. Times are medians of
 rounds, in ms, on random bfloat16 data; errors are relative to the definition
 in float64, on 256 tokens of the same heads. Peers: mlstm_kernels' two Triton
-kernels (without the normaliser's gradient), FLA's simple_gla
-and cuDNN's causal attention in JAX, of the same width in heads of 128; the last
-two compute something else and so have no errors. FLA refuses the backward pass
-of simple_gla on Hopper with Triton from 3.4 to before 3.7.1.
+kernels (without the normaliser's gradient), FLA's simple_gla and cuDNN's causal
+attention in JAX, of the same width in heads of 128; the last two compute
+something else and so have no errors. FLA refuses the backward pass of
+simple_gla on Hopper with Triton from 3.4 to before 3.7.1. With --jobs so many
+rows are made ready side by side, while the GPU runs one of them; the Pallas
+kernels' then compile without XLA trying out fusions on the GPU.
+
+--tune times the block sizes of the Pallas kernels, forward and backward, and
+writes those that were fastest at each shape into the table that the backend
+reads for such heads.
 """
 
 import argparse
+import concurrent.futures
+import contextlib
+import fcntl
 import functools
+import itertools
 import json
 import math
 import os
@@ -22,14 +33,17 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlstm_jax.cells.mlstm import mlstm
+from xlstm_jax.cells.mlstm import mlstm, pallas_gpu_blocks
+from xlstm_jax.cells.mlstm.pallas_gpu_blocks import Blocks
 from xlstm_jax.errors import UserError, exit_code
 
 ROWS = (
@@ -49,6 +63,8 @@ SHAPES = ("8,8192,8,256,512", "8,8192,16,128,256")
 GRADIENTS = ("dq", "dk", "dv", "di", "df")
 DRAWN = 8192  # random tokens, which repeat: drawing more takes a minute
 TIME_LIMIT = 600  # seconds for a row, compilation included
+# No fusion is tried out on the GPU, which another row has.
+UNTUNED = {"xla_gpu_autotune_level": 0}
 
 
 def inputs(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -74,7 +90,7 @@ def inputs(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
 
 
 def jax_functions(row: str):
-  """Forward, and forward and backward, of (q, k, v, i, f, dh)."""
+  """Forward, and forward and backward, of (q, k, v, i, f) and dh."""
   backend, _, chunk = row.partition("-")
 
   def cell(q, k, v, i, f):
@@ -100,11 +116,22 @@ def jax_functions(row: str):
   return jax.jit(forward), jax.jit(both)
 
 
-def jax_arrays(x, dtype):
+def jax_types(shape: tuple[int, ...]) -> list[jax.ShapeDtypeStruct]:
+  """Those of `host_arrays` in bfloat16."""
+  *tokens, K, V = shape
+
+  def array(*dims, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct((*tokens, *dims), dtype)
+
+  gate = array(dtype=jnp.float32)
+  return [array(K), array(K), array(V), gate, gate, array(V)]
+
+
+def host_arrays(x, dtype) -> list[np.ndarray]:
+  """q, k, v, i, f and dh, where they wait for the device."""
   wide = jnp.promote_types(dtype, jnp.float32)
-  tokens = [jnp.asarray(x[name], dtype) for name in ("q", "k", "v")]
-  gates = [jnp.asarray(x[name], wide) for name in ("i", "f")]
-  return [*tokens, *gates, jnp.asarray(x["dh"], dtype)]
+  types = {"q": dtype, "k": dtype, "v": dtype, "i": wide, "f": wide}
+  return [x[n].astype(t) for n, t in (types | {"dh": dtype}).items()]
 
 
 def torch_functions(row: str):
@@ -180,46 +207,77 @@ def measured(run, wait) -> float:
 
 
 def truth(x) -> list[np.ndarray]:
-  """h and the gradients by the definition in float64."""
-  with jax.enable_x64(True):
+  """h and the gradients by the definition in float64, on the CPU."""
+  cpu = jax.devices("cpu")[0]
+  with jax.enable_x64(True), jax.default_device(cpu):
     _, both = jax_functions("recurrent")
-    h, gradients = both(*jax_arrays(x, jnp.float64))
+    h, gradients = both(*host_arrays(x, np.float64))
     return [np.asarray(a) for a in (h, *gradients)]
 
 
-def errors(results, x) -> dict[str, float]:
-  pairs = zip(("h", *GRADIENTS), results, truth(x), strict=True)
+def errors(results, expected) -> dict[str, float]:
+  pairs = zip(("h", *GRADIENTS), results, expected, strict=True)
   return {
     name: float(np.linalg.norm(np.float64(a) - b) / np.linalg.norm(b))
     for name, a, b in pairs
   }
 
 
-def bench(row: str, shape: tuple[int, ...]) -> dict:
+def wait_for_turn(lock: pathlib.Path | None) -> None:
+  """Waits until every other process that had its turn has ended.
+
+  It keeps its memory on the GPU until then.
+  """
+  if lock is not None:
+    _open.append(lock.open("a"))
+    fcntl.flock(_open[-1], fcntl.LOCK_EX)
+
+
+_open = []
+
+
+def bench(
+  row: str, shape: tuple[int, ...], lock: pathlib.Path | None = None
+) -> dict:
   """One row of the table, in this process."""
-  small = inputs((1, 256, 2, *shape[3:]))
+  few = (1, 256, 2, *shape[3:])
+  small = inputs(few)
+  expected = None if row in OTHER_FUNCTIONS else truth(small)
   if row in IN_TORCH:
-    import torch  # pyright: ignore[reportMissingImports]
+    wait_for_turn(lock)
+    return torch_bench(row, shape, small, expected)
+  forward, both = jax_functions(row)
+  of_few = both
+  if lock is not None and row.startswith("pallas_gpu"):
+    types = jax_types(shape)
+    of_few = both.lower(*jax_types(few)).compile(UNTUNED)
+    forward = forward.lower(*types[:5]).compile(UNTUNED)
+    both = both.lower(*types).compile(UNTUNED)
+  arrays = host_arrays(inputs(shape), jnp.bfloat16)
+  wait_for_turn(lock)
+  arrays = jax.device_put(arrays)
+  result: dict[str, Any] = {
+    "forward": measured(lambda: forward(*arrays[:5]), jax.block_until_ready),
+    "both": measured(lambda: both(*arrays), jax.block_until_ready),
+  }
+  if statistics_ := jax.devices()[0].memory_stats():
+    result["peak_gib"] = statistics_["peak_bytes_in_use"] / 2**30
+  if expected is not None:
+    h, gradients = of_few(*host_arrays(small, jnp.bfloat16))
+    found = [np.asarray(a) for a in (h, *gradients)]
+    result["errors"] = errors(found, expected)
+  return result
 
-    forward, both = torch_functions(row)
-    arrays, few = (torch_arrays(row, x) for x in (inputs(shape), small))
 
-    def wait(x):
-      del x
-      torch.cuda.synchronize()
+def torch_bench(row: str, shape: tuple[int, ...], small, expected) -> dict:
+  import torch  # pyright: ignore[reportMissingImports]
 
-    def from_device(a):
-      return heads_first(a.detach().float().cpu().numpy())
+  forward, both = torch_functions(row)
+  arrays = torch_arrays(row, inputs(shape))
 
-    to_numpy = from_device
-  else:
-    forward, both = jax_functions(row)
-    arrays, few = (jax_arrays(x, jnp.bfloat16) for x in (inputs(shape), small))
-
-    def wait(x):
-      jax.block_until_ready(x)
-
-    to_numpy = np.asarray
+  def wait(x):
+    del x
+    torch.cuda.synchronize()
 
   result: dict[str, Any] = {
     "forward": measured(lambda: forward(*arrays[:5]), wait)
@@ -231,36 +289,109 @@ def bench(row: str, shape: tuple[int, ...]) -> dict:
       raise
     # FLA refuses the backward pass where Triton would compute it wrongly.
     return result | {"note": str(error)}
-  if row in IN_TORCH:
-    import torch  # pyright: ignore[reportMissingImports]
-
-    result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-  elif statistics_ := jax.devices()[0].memory_stats():
-    result["peak_gib"] = statistics_["peak_bytes_in_use"] / 2**30
-  if row not in OTHER_FUNCTIONS:
-    h, gradients = both(*few)
-    result["errors"] = errors([to_numpy(a) for a in (h, *gradients)], small)
+  result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+  if expected is not None:
+    h, gradients = both(*torch_arrays(row, small))
+    found = [
+      heads_first(a.detach().float().cpu().numpy()) for a in (h, *gradients)
+    ]
+    result["errors"] = errors(found, expected)
   return result
 
 
-def in_process(row: str, shape: str) -> dict:
+def candidates(key_dim: int, value_dim: int) -> list[Blocks]:
+  """Block sizes that come to different parts."""
+  # Pallas takes seconds to import.
+  from xlstm_jax.cells.mlstm.pallas_gpu_kernels import out_width
+
+  K, V = map(pallas_gpu_blocks.padded, (key_dim, value_dim))
+  columns = pallas_gpu_blocks.COLUMNS
+  found: dict[tuple[int, ...], Blocks] = {}
+  for sizes in itertools.product(
+    pallas_gpu_blocks.CHUNKS, columns, columns, columns
+  ):
+    blocks = Blocks(*sizes)
+    parts = (
+      blocks.chunk,
+      out_width(blocks.state_columns, V),
+      out_width(blocks.sum_columns, V),
+      out_width(blocks.gradient_columns, K, V),
+    )
+    found.setdefault(parts, blocks)
+  return list(found.values())
+
+
+def bench_blocks(
+  shape: tuple[int, ...], blocks: Blocks, lock: pathlib.Path | None
+) -> dict:
+  """Forward and backward with these block sizes, in this process."""
+  kind = jax.devices()[0].device_kind
+  dims = pallas_gpu_blocks.name(*shape[3:])
+  pallas_gpu_blocks.table()[kind] = {dims: blocks._asdict()}
+  _, both = jax_functions("pallas_gpu")
+  both = both.lower(*jax_types(shape)).compile(UNTUNED)
+  arrays = host_arrays(inputs(shape), jnp.bfloat16)
+  wait_for_turn(lock)
+  arrays = jax.device_put(arrays)
+  milliseconds = measured(lambda: both(*arrays), jax.block_until_ready)
+  return {"device": kind, "both": milliseconds}
+
+
+def tune(shapes: Sequence[str], run: Callable[..., Iterator[dict]]) -> None:
+  """Writes the fastest block sizes into the table; prints what was timed."""
+  cases = [
+    (shape, blocks)
+    for shape in shapes
+    for blocks in candidates(*parsed(shape)[3:])
+  ]
+  best: dict[tuple[str, str], tuple[float, Blocks]] = {}
+  table = pallas_gpu_blocks.table()
+  results = run([("pallas_gpu", shape, blocks) for shape, blocks in cases])
+  columns = " ".join(f"{field.split('_')[0]:>8}" for field in Blocks._fields)
+  print(f"{'shape':20} {columns} {'both':>9}")
+  for (shape, blocks), result in zip(cases, results, strict=True):
+    start = f"{shape:20} " + " ".join(f"{size:8}" for size in blocks)
+    if "failed" in result:
+      print(f"{start} {result['failed'][:120]}", flush=True)
+      continue
+    print(f"{start} {result['both']:9.3f}", flush=True)
+    where = result["device"], pallas_gpu_blocks.name(*parsed(shape)[3:])
+    found = result["both"], blocks
+    best[where] = min(best.get(where, found), found)
+    kind, dims = where
+    table.setdefault(kind, {})[dims] = best[where][1]._asdict()
+    pallas_gpu_blocks.TABLE.write_text(json.dumps(table, indent=2) + "\n")
+
+
+def in_process(
+  row: str,
+  shape: str,
+  blocks: Blocks | None = None,
+  *,
+  lock: str | None = None,
+  time_limit: float = TIME_LIMIT,
+) -> dict:
   """`bench` in a process of its own, or why it did not finish."""
   environment = os.environ | {
     "DISABLE_LLVM_OPT": "slp-recursion-max-depth",  # Triton 3.6 aborts else
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
   }
   command = [sys.executable, __file__, f"--row={row}", f"--shape={shape}"]
+  if blocks is not None:
+    command.append("--blocks=" + ",".join(map(str, blocks)))
+  if lock is not None:
+    command.append(f"--lock={lock}")
   try:
     done = subprocess.run(
       [*command, "--here"],
       env=environment,
       capture_output=True,
       text=True,
-      timeout=TIME_LIMIT,
+      timeout=time_limit,
       check=False,
     )
   except subprocess.TimeoutExpired:
-    return {"failed": f"no result in {TIME_LIMIT} s"}
+    return {"failed": f"no result in {time_limit} s"}
   if done.returncode:
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     return {"failed": last}
@@ -301,20 +432,48 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--row", action="append", choices=ROWS)
   parser.add_argument("--json", type=pathlib.Path, help="where results go")
   parser.add_argument(
+    "--jobs", type=int, default=1, help="rows made ready side by side"
+  )
+  parser.add_argument(
+    "--tune", action="store_true", help="write the table of block sizes"
+  )
+  parser.add_argument(
     "--here", action="store_true", help="one row, in this process, as JSON"
   )
+  parser.add_argument(
+    "--blocks", help="of the Pallas kernels, in the table's order"
+  )
+  parser.add_argument("--lock", type=pathlib.Path, help="file of who may run")
   args = parser.parse_args(argv)
   shapes, rows = args.shape or SHAPES, args.row or ROWS
   for shape in shapes:
     parsed(shape)
   if args.here:
-    print(json.dumps(bench(rows[0], parsed(shapes[0]))))
+    shape = parsed(shapes[0])
+    if args.blocks:
+      blocks = Blocks(*map(int, args.blocks.split(",")))
+      result = bench_blocks(shape, blocks, args.lock)
+    else:
+      result = bench(rows[0], shape, args.lock)
+    print(json.dumps(result))
     return
-  print(f"{'shape':20} {'row':19} {'forward':>9} {'both':>9}     GiB  errors")
-  results = []
-  for shape in shapes:
-    for row in rows:
-      result = in_process(row, shape)
+  with contextlib.ExitStack() as stack:
+    pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(args.jobs))
+    one = functools.partial(in_process, time_limit=TIME_LIMIT * args.jobs)
+    if args.jobs > 1 or args.tune:
+      file = stack.enter_context(tempfile.NamedTemporaryFile())
+      one = functools.partial(one, lock=file.name)
+
+    def run(cases):
+      return pool.map(lambda case: one(*case), cases)
+
+    if args.tune:
+      tune(shapes, run)
+      return
+    print(f"{'shape':20} {'row':19} {'forward':>9} {'both':>9}     GiB  errors")
+    cases = [(row, shape) for shape in shapes for row in rows]
+    results = []
+    for (row, shape), result in zip(cases, run(cases), strict=True):
       results.append({"shape": shape, "row": row, **result})
       print(line(shape, row, result), flush=True)
   if args.json:

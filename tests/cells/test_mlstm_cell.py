@@ -328,7 +328,7 @@ def test_auto_names_the_kernel_where_it_runs(monkeypatch, caplog):
       assert dispatch.choice("auto", 127, **TAKEN) == "chunkwise"
       for other in (
         {"dtype": "float32"},
-        {"value_dim": 640},
+        {"value_dim": 1344},
         {"chunk": 48},
       ):
         assert dispatch.choice("auto", 512, **TAKEN | other) == "chunkwise"
@@ -337,7 +337,7 @@ def test_auto_names_the_kernel_where_it_runs(monkeypatch, caplog):
   assert reasons == [
     "its chunks are longer than 127 tokens",
     "it computes in bfloat16, and the tokens are float32",
-    "heads of 64 keys and 640 values exceed 512 numbers",
+    "heads of 64 keys and 1344 values exceed 1280 numbers",
     "chunk is 48, and it takes chunks of 128 or 256 tokens",
   ]
 

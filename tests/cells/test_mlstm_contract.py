@@ -1,5 +1,6 @@
 """The contract of mlstm_contract.py, over its tables."""
 
+import dataclasses
 import functools
 
 import jax
@@ -93,6 +94,37 @@ def test_wide_heads_in_the_chunks_of_kernels(chunk):
   form = Form("chunkwise", chunk, dims=(64, 128))
   for check in CHECKS.values():
     check(form, "mixed=50", 301)
+
+
+WIDE = (
+  (128, 256),
+  (256, 512),
+  (384, 384),
+  (512, 512),
+  (768, 768),
+  (1280, 1280),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("dims", "form"),
+  [
+    pytest.param(dims, form, id=f"{dims[0]}-{dims[1]}-{form}")
+    for dims in WIDE
+    for form in KERNELS
+  ],
+)
+def test_wide_heads_of_kernels(dims, form):
+  """Without capped gates, where the luck of one rounding decides.
+
+  Of 256 x 512 one reader makes all gradients (decision 5, "Other draws").
+  """
+  form = dataclasses.replace(form, dims=dims)
+  # What is compared keeps C of every token, 50 MB at the widest.
+  time = 301 if max(dims) <= 512 else 140
+  for gate in ("normal", "init"):
+    mlstm_contract.check_rounded(form, gate, time, dtype="bfloat16")
 
 
 # Stretches of 18, 36 and 9 tokens; on 8 devices the last is padding alone in

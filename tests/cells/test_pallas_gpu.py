@@ -23,6 +23,7 @@ import pytest
 from xlstm_jax.cells.documents import documents
 from xlstm_jax.cells.mlstm import State, mlstm
 from xlstm_jax.cells.mlstm import pallas_gpu as backend
+from xlstm_jax.cells.mlstm import pallas_gpu_blocks as blocks
 from xlstm_jax.cells.mlstm import pallas_gpu_kernels as kernels
 from xlstm_jax.cells.mlstm.gates import log_gates
 from xlstm_jax.cells.mlstm.pallas_gpu_gates import last_stabilizer, scales
@@ -156,7 +157,7 @@ def test_a_machine_without_hopper_is_refused_with_the_reason():
   ("args", "message"),
   [
     ((jnp.float32, 64, 64, 256), "the tokens are float32"),
-    ((jnp.bfloat16, 64, 640, 256), "64 keys and 640 values exceed 512"),
+    ((jnp.bfloat16, 64, 1344, 256), "64 keys and 1344 values exceed 1280"),
     ((jnp.bfloat16, 64, 64, 64), "chunk is 64"),
   ],
 )
@@ -164,21 +165,44 @@ def test_what_the_kernels_do_not_take(args, message):
   assert message in backend.refusal(*args)
 
 
-HEADS = [(64, 128), (128, 192), (128, 256), (256, 512), (384, 384), (512, 512)]
+HEADS = [
+  *((64, 128), (128, 192), (128, 256), (256, 512), (384, 384), (512, 512)),
+  *((768, 768), (1024, 1024), (1280, 1280)),
+]
 
 
+@pytest.mark.parametrize("columns", [128, 256])
 @pytest.mark.parametrize("dims", HEADS)
-def test_the_kernels_take_the_named_heads_and_their_buffers_fit(dims):
+def test_the_kernels_take_the_named_heads_and_their_buffers_fit(dims, columns):
   assert backend.refusal(jnp.bfloat16, *dims, 256) is None
   for out_dims in (dims[1:], dims):
-    width = kernels.out_width(*out_dims)
-    assert width <= 256
+    width = kernels.out_width(columns, *out_dims)
+    assert width <= columns
     assert all(dim % width == 0 for dim in out_dims)
     for depth in (64, 128):
       stages, stores = kernels.combine_buffers(width, depth)
       assert stages >= 2
       elements = stages * depth * (128 + width) + stores * 2 * 64 * 64
       assert 2 * elements + kernels.RESERVED <= kernels.SHARED_MEMORY
+
+
+def test_the_table_of_block_sizes_has_those_that_the_kernels_take():
+  assert "NVIDIA H200" in blocks.table()
+  for device in blocks.table().values():
+    for heads, sizes in device.items():
+      dims = [int(dim) for dim in heads.split(" x ")]
+      assert heads == blocks.name(*dims)
+      chunk, *columns = blocks.Blocks(**sizes)
+      assert backend.refusal(jnp.bfloat16, *dims, chunk) is None
+      assert set(columns) <= set(blocks.COLUMNS)
+
+
+def test_heads_and_devices_that_were_not_timed_have_the_largest_blocks():
+  narrow = blocks.best("NVIDIA H200", 60, 128)
+  assert narrow == blocks.Blocks(128, 128, 128, 128)
+  largest = blocks.Blocks(256, 256, 256, 256)
+  assert blocks.best("NVIDIA H200", 192, 128) == largest
+  assert blocks.best("a new GPU", 64, 128) == largest
 
 
 def test_spans_fill_the_gpu_and_divide_the_chunks():
@@ -281,6 +305,7 @@ def interpreted(chunk, time, dims, gates, **environment):
     ("256 512", 40),
     ("384 384", 40),
     ("512 512", 44),
+    ("1280 1280", 44),
   ],
 )
 def test_kernels_compile_for_the_h200_without_one(options, most):

@@ -1,10 +1,13 @@
 """The benchmark command, as far as it goes without a GPU."""
 
+import json
 import pathlib
 import runpy
 
 import pytest
 
+from xlstm_jax.cells.mlstm import pallas_gpu_blocks
+from xlstm_jax.cells.mlstm.pallas_gpu_blocks import Blocks
 from xlstm_jax.errors import UserError
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "bench_cells.py"
@@ -37,3 +40,49 @@ def test_what_a_row_lacks_is_said():
   result = {"forward": 1.5, "note": "no backward pass"}
   text = SCRIPT_NAMES["line"]("s", "simple_gla", result)
   assert text.split()[2:] == ["1.500", "-", "-", "no", "backward", "pass"]
+
+
+def test_tuning_writes_the_fastest_sizes_of_every_head(
+  tmp_path, monkeypatch, capsys
+):
+  table = {"NVIDIA H200": {"64 x 64": Blocks()._asdict()}, "other": {}}
+  file = tmp_path / "table.json"
+  file.write_text(json.dumps(table))
+  monkeypatch.setattr(pallas_gpu_blocks, "TABLE", file)
+  monkeypatch.setattr(
+    pallas_gpu_blocks, "table", lambda: json.loads(file.read_text())
+  )
+
+  def run(cases):
+    for row, shape, blocks in cases:
+      assert row == "pallas_gpu"
+      if blocks.gradient_columns == 128:
+        yield {"failed": "no memory"}
+      else:
+        milliseconds = 5.0 - (shape[0] == "8") - blocks.chunk / 1000
+        fast = blocks.sum_columns == 128
+        yield {"device": "NVIDIA H200", "both": milliseconds - fast}
+
+  SCRIPT_NAMES["tune"](["8,8192,8,256,512", "2,512,8,500,512"], run)
+  fastest = Blocks(256, 128, 128, 256)._asdict()
+  assert json.loads(file.read_text()) == {
+    "NVIDIA H200": {
+      "64 x 64": Blocks()._asdict(),
+      "256 x 512": fastest,
+      "512 x 512": fastest,
+    },
+    "other": {},
+  }
+  printed = capsys.readouterr().out.splitlines()
+  assert printed[0].split() == [
+    *("shape", "chunk", "state", "sum", "gradient", "both")
+  ]
+  assert len(printed) == 1 + 2 * 16
+  assert printed[1].endswith("no memory")
+
+
+@pytest.mark.parametrize(
+  ("dims", "number"), [((64, 128), 2), ((128, 256), 8), ((256, 512), 16)]
+)
+def test_block_sizes_that_come_to_the_same_are_timed_once(dims, number):
+  assert len(SCRIPT_NAMES["candidates"](*dims)) == number

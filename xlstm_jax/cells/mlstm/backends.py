@@ -13,11 +13,11 @@ from xlstm_jax.cells.mlstm import sequence
 from xlstm_jax.cells.mlstm.chunkwise import chunkwise
 from xlstm_jax.cells.mlstm.gates import log_gates
 from xlstm_jax.cells.mlstm.pallas_gpu import (
-  CHUNKS,
   device_refusal,
   pallas_gpu,
   refusal,
 )
+from xlstm_jax.cells.mlstm.pallas_gpu_blocks import CHUNKS
 from xlstm_jax.cells.mlstm.parallel import Tokens, parallel, update
 from xlstm_jax.cells.mlstm.recurrent import recurrent
 from xlstm_jax.cells.mlstm.state import State, empty_state

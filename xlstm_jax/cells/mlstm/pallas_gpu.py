@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
 from xlstm_jax.cells.documents import Documents
+from xlstm_jax.cells.mlstm.pallas_gpu_blocks import CHUNKS, Blocks, best, padded
 from xlstm_jax.cells.mlstm.pallas_gpu_gates import (
   Scales,
   last_stabilizer,
@@ -28,8 +29,7 @@ from xlstm_jax.cells.mlstm.state import State
 from xlstm_jax.errors import UserError
 
 MULTIPROCESSORS = 132
-MAX_DIM = 512
-CHUNKS = (128, 256)
+MAX_DIM = 1280
 # Names of Hopper GPUs: a mesh of described devices tells no capability.
 _HOPPER = re.compile(r"NVIDIA G?H\d")
 
@@ -38,7 +38,7 @@ _HOPPER = re.compile(r"NVIDIA G?H\d")
 class _Options:
   """What is static in the kernels' forward and backward pass."""
 
-  chunk: int
+  blocks: Blocks
   key_dim: int  # before padding: the queries are scaled by key_dim^-0.5
   stabilize: bool
   normalize: bool
@@ -70,8 +70,11 @@ def pallas_gpu(
   Raises:
     UserError: If the kernels cannot run here or on these arrays.
   """
-  chunk = CHUNKS[-1] if chunk is None else chunk
   key_dim, value_dim = q_BTHK.shape[-1], v_BTHV.shape[-1]
+  blocks = best(_device().device_kind, key_dim, value_dim)
+  if chunk is not None:
+    blocks = blocks._replace(chunk=chunk)
+  chunk = blocks.chunk
   reason = refusal(q_BTHK.dtype, key_dim, value_dim, chunk)
   if reason is None and not interpret:
     reason = device_refusal()
@@ -88,7 +91,7 @@ def pallas_gpu(
     if time_fill is not None:
       widths[1] = (0, -time % chunk)
     if dim is not None:
-      widths[dim] = (0, -x.shape[dim] % 64)
+      widths[dim] = (0, padded(x.shape[dim]) - x.shape[dim])
     if all(width == (0, 0) for width in widths):
       return x
     if time_fill == "edge":
@@ -99,7 +102,7 @@ def pallas_gpu(
   if -time % chunk:
     starts_BT = jnp.pad(starts_BT, ((0, 0), (0, -time % chunk)))
   h_BTHV, C_BHKV, n_BHK, m_BH = _mlstm(
-    _Options(chunk, key_dim, stabilize, normalize, eps, interpret),
+    _Options(blocks, key_dim, stabilize, normalize, eps, interpret),
     pad(q_BTHK, time_fill=0, dim=3),
     pad(k_BTHK, time_fill=0, dim=3),
     pad(v_BTHV, time_fill=0, dim=3),
@@ -142,15 +145,11 @@ def refusal(
 
 
 def device_refusal() -> str | None:
-  """Why the kernels do not run on this device, or None.
-
-  It is that of the mesh, which need not be there, else the default one.
-  """
-  device = jax.devices()[0]
-  hopper = getattr(device, "compute_capability", None) == "9.0"
-  described = jax.sharding.get_abstract_mesh().abstract_device
-  if described is not None and described.device_kind != device.device_kind:
-    device = described
+  """Why the kernels do not run on this device, or None."""
+  device = _device()
+  if isinstance(device, jax.Device):
+    hopper = getattr(device, "compute_capability", None) == "9.0"
+  else:
     hopper = _HOPPER.match(device.device_kind) is not None
   if device.platform != "gpu" or not hopper:
     return (
@@ -158,6 +157,15 @@ def device_refusal() -> str | None:
       f"{device.device_kind}"
     )
   return None
+
+
+def _device() -> Any:
+  """That of the mesh, which need not be there, else the default one."""
+  device = jax.devices()[0]
+  described = jax.sharding.get_abstract_mesh().abstract_device
+  if described is not None and described.device_kind != device.device_kind:
+    return described
+  return device
 
 
 def _kernels():
@@ -194,7 +202,7 @@ def _forward(
     start,
     m,
     segment,
-    chunk=opt.chunk,
+    chunk=opt.blocks.chunk,
     key_dim=opt.key_dim,
     stabilize=opt.stabilize,
   )
@@ -211,12 +219,13 @@ def _forward(
     past_BHT=s.past_BHT,
     border_BT=s.first_BT,
     to=_kernels().Normalizer(floor_BHT, extra_BHT, opt.normalize),
-    chunk=opt.chunk,
+    chunk=opt.blocks.chunk,
     interpret=opt.interpret,
   )
   (results,) = _kernels().combine(
     [_kernels().Sum("h", q, C_BHNKV, read["pairs"], v, read["past"], low=keep)],
-    chunk=opt.chunk,
+    chunk=opt.blocks.chunk,
+    columns=opt.blocks.sum_columns,
     interpret=opt.interpret,
   )
   h, low = results["y"], results.get("low")
@@ -229,7 +238,8 @@ def _backward(opt, kept, cotangents):
   dh, dC_last, dn_last, _ = cotangents
   # Else the compiler makes dh anew for each of the results that follow.
   dh = jax.lax.optimization_barrier(dh)
-  h = _kernels().exact(h, low, width=_kernels().out_width(h.shape[-1]))
+  width = _kernels().out_width(opt.blocks.sum_columns, h.shape[-1])
+  h = _kernels().exact(h, low, width=width)
   bias_BHT, reading_BHT = _readout_backward(opt, s, read, h, dh)
   D_BHNKV, dn_BHNK, dC, dn = _states(
     q,
@@ -251,7 +261,7 @@ def _backward(opt, kept, cotangents):
     past_BHT=s.write_BHT,
     border_BT=s.final_BT,
     to=_kernels().Cotangents(v, dh, bias_BHT, read["inverse"]),
-    chunk=opt.chunk,
+    chunk=opt.blocks.chunk,
     interpret=opt.interpret,
   )
   sum_, dscores_BHTZ = _kernels().Sum, written["pairs"]
@@ -279,7 +289,8 @@ def _backward(opt, kept, cotangents):
       ),
       sum_("dv", k, D_BHNKV, read["pairs"], dh, s.write_BHT, partner_BTHO=v),
     ],
-    chunk=opt.chunk,
+    chunk=opt.blocks.chunk,
+    columns=opt.blocks.gradient_columns,
     interpret=opt.interpret,
   )
   di_BHT = written["dot"] + of_v["dot"]
@@ -370,12 +381,15 @@ def _states(k, v, write, write_n, keep, C, n, *, opt, reverse=False):
     write,
     write_n,
     keep,
-    chunk=opt.chunk,
+    chunk=opt.blocks.chunk,
+    columns=opt.blocks.state_columns,
     reverse=reverse,
     interpret=opt.interpret,
   )
   batch, heads, chunks = keep.shape
-  blocks = _kernels().scan_blocks(k.shape[-1], v.shape[-1])
+  blocks = _kernels().scan_blocks(
+    k.shape[-1], v.shape[-1], opt.blocks.state_columns
+  )
   spans = _spans(chunks, batch * heads * math.prod(blocks))
   if spans > 1:
     zeros = jnp.zeros_like(C)[:, :, None].repeat(spans, axis=2)

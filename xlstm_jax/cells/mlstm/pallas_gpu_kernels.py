@@ -44,7 +44,7 @@ def _once(*static: str):
   )
 
 
-@_once("reverse", "save", "buffers")
+@_once("columns", "reverse", "save", "buffers")
 def scan_states(
   k_BTHK: jax.Array,
   v_BTHV: jax.Array,
@@ -55,6 +55,7 @@ def scan_states(
   n_BHSK: jax.Array,
   *,
   chunk: int,
+  columns: int = 256,
   reverse: bool = False,
   save: bool = True,
   buffers: int = 3,
@@ -63,7 +64,8 @@ def scan_states(
   """C -> keep C + sum of write k v^T, n -> keep n + sum of write_n k.
 
   S independent spans of chunks run side by side, each from its own first
-  state; `reverse` runs from the last chunk to the first.
+  state; `reverse` runs from the last chunk to the first. A block computes at
+  most so many columns of C.
 
   Returns:
     With `save` the states that enter every chunk, C_BHNKV in bfloat16 and
@@ -76,7 +78,7 @@ def scan_states(
   chunks = time // chunk
   span = chunks // spans
   tiles = chunk // TOKENS
-  key_blocks, value_blocks = scan_blocks(key_dim, value_dim)
+  key_blocks, value_blocks = scan_blocks(key_dim, value_dim, columns)
   workers = key_dim // (ROWS * key_blocks)
   width = value_dim // value_blocks
   steps = span * tiles
@@ -224,12 +226,12 @@ def scan_states(
   )(k_BTHK, v_BTHV, write_BHT, write_n_BHT, keep_BHN, C_BHSKV, n_BHSK)
 
 
-def scan_blocks(key_dim: int, value_dim: int) -> tuple[int, int]:
+def scan_blocks(key_dim: int, value_dim: int, columns: int) -> tuple[int, int]:
   """Into how many blocks `scan_states` splits the keys and values of a head.
 
-  A block has one or two times 64 keys and at most 256 values.
+  A block has one or two times 64 keys.
   """
-  width = next(w for w in range(256, 0, -64) if value_dim % w == 0)
+  width = out_width(columns, value_dim)
   return key_dim // math.gcd(key_dim, 2 * ROWS), value_dim // width
 
 
@@ -606,21 +608,26 @@ class Sum:
     return results
 
 
-@_once("blocks")
+@_once("columns", "blocks")
 def combine(
-  sums: Sequence[Sum], *, chunk: int, blocks: int = 132, interpret: Any = None
+  sums: Sequence[Sum],
+  *,
+  chunk: int,
+  columns: int = 256,
+  blocks: int = 132,
+  interpret: Any = None,
 ) -> list[dict[str, jax.Array]]:
   """All sums in one kernel: what they read together comes from memory once.
 
-  The blocks take them from chunk after chunk, so that those of a chunk run at
-  about the same time.
+  The blocks take them from chunk after chunk, at most so many columns of a
+  result at a time, so that those of a chunk run at about the same time.
 
   Returns:
     For every sum "y" in bfloat16, and what it wants of "dot" and "low", which
     is packed (`exact`).
   """
   batch, time, heads, _ = sums[0].a_BTHA.shape
-  width = out_width(*(x.c_BTHO.shape[-1] for x in sums))
+  width = out_width(columns, *(x.c_BTHO.shape[-1] for x in sums))
   chunks, row_tiles = time // chunk, chunk // BLOCK
   out_tiles = [x.c_BTHO.shape[-1] // width for x in sums]
   ends = list(itertools.accumulate(row_tiles * tiles for tiles in out_tiles))
@@ -906,10 +913,13 @@ def _packed(rests):
   return lax.bitcast_convert_type(low.astype(jnp.int16), BF16)
 
 
-def out_width(*out_dims: int) -> int:
-  """How many columns of the results a block of `combine` computes."""
+def out_width(columns: int, *out_dims: int) -> int:
+  """How many of its result's columns a block computes, at most `columns`.
+
+  Results of all these dimensions, multiples of 64, are cut into such parts.
+  """
   return next(
-    w for w in range(256, 0, -64) if all(dim % w == 0 for dim in out_dims)
+    w for w in range(columns, 0, -64) if all(dim % w == 0 for dim in out_dims)
   )
 
 

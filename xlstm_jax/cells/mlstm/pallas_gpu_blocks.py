@@ -1,0 +1,53 @@
+"""How the Hopper kernels cut their work, by the device and the heads.
+
+The table beside this file has what `scripts/bench_cells.py --tune` found to be
+fastest.
+"""
+
+import functools
+import json
+import pathlib
+from typing import NamedTuple
+
+CHUNKS = (128, 256)
+COLUMNS = (128, 256)
+TABLE = pathlib.Path(__file__).with_suffix(".json")
+
+
+class Blocks(NamedTuple):
+  """Sizes of parts; the largest where none were timed.
+
+  Attributes:
+    chunk: tokens of a chunk.
+    state_columns: values of which a block of `scan_states` keeps the states,
+      at most.
+    sum_columns, gradient_columns: columns of h and of the gradients that a
+      block of `combine` computes, at most.
+  """
+
+  chunk: int = CHUNKS[-1]
+  state_columns: int = COLUMNS[-1]
+  sum_columns: int = COLUMNS[-1]
+  gradient_columns: int = COLUMNS[-1]
+
+
+def best(device_kind: str, key_dim: int, value_dim: int) -> Blocks:
+  """The parts for such heads on such a device."""
+  heads = table().get(device_kind, {})
+  return Blocks(**heads.get(name(key_dim, value_dim), {}))
+
+
+def name(key_dim: int, value_dim: int) -> str:
+  """What the table calls such heads."""
+  return f"{padded(key_dim)} x {padded(value_dim)}"
+
+
+def padded(dim: int) -> int:
+  """Channels of a head as the kernels have them."""
+  return dim + -dim % 64
+
+
+@functools.cache
+def table() -> dict[str, dict[str, dict[str, int]]]:
+  """Fields of `Blocks` by the kind of the device and the name of the heads."""
+  return json.loads(TABLE.read_text())
