@@ -224,16 +224,12 @@ def errors(results, expected) -> dict[str, float]:
 
 
 def wait_for_turn(lock: pathlib.Path | None) -> None:
-  """Waits until every other process that had its turn has ended.
+  """Waits until no process that had its turn is left.
 
-  It keeps its memory on the GPU until then.
+  A process has memory on the GPU until it ends: the lock stays open so long.
   """
   if lock is not None:
-    _open.append(lock.open("a"))
-    fcntl.flock(_open[-1], fcntl.LOCK_EX)
-
-
-_open = []
+    fcntl.flock(os.open(lock, os.O_RDWR), fcntl.LOCK_EX)
 
 
 def bench(
@@ -440,11 +436,17 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument(
     "--here", action="store_true", help="one row, in this process, as JSON"
   )
-  parser.add_argument(
-    "--blocks", help="of the Pallas kernels, in the table's order"
-  )
-  parser.add_argument("--lock", type=pathlib.Path, help="file of who may run")
+  # With --here: block sizes in the table's order, and the file of who may run.
+  parser.add_argument("--blocks", help=argparse.SUPPRESS)
+  parser.add_argument("--lock", type=pathlib.Path, help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
+  if args.jobs < 1:
+    raise UserError(f"--jobs={args.jobs} must be at least 1.")
+  if args.tune and (args.row or args.json):
+    raise UserError(
+      "--tune times the block sizes of pallas_gpu and writes its table; give "
+      "it no --row and no --json."
+    )
   shapes, rows = args.shape or SHAPES, args.row or ROWS
   for shape in shapes:
     parsed(shape)

@@ -31,6 +31,19 @@ def test_a_shape_that_is_none_is_named(shape):
     SCRIPT_NAMES["parsed"](shape)
 
 
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--jobs=0"], "--jobs=0 must be at least 1"),
+    (["--tune", "--row=cudnn"], "no --row and no --json"),
+    (["--tune", "--json=table.json"], "no --row and no --json"),
+  ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments, message):
+  with pytest.raises(UserError, match=message):
+    SCRIPT_NAMES["main"](arguments)
+
+
 def test_a_row_that_failed_says_why():
   text = SCRIPT_NAMES["line"]("s", "pallas_gpu", {"failed": "no GPU"})
   assert text.endswith("no GPU")
