@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 
+import compile_pallas_gpu
 import jax
 import jax.numpy as jnp
 import mlstm_contract as contract
@@ -287,13 +288,36 @@ def interpreted(chunk, time, dims, gates, **environment):
   )
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+needs_nvcc = pytest.mark.skipif(
   importlib.util.find_spec("jax_plugins.xla_cuda13") is None
   if importlib.util.find_spec("jax_plugins")
   else True,
   reason="compiling for a GPU needs the wheels jax-cuda13-plugin and nvcc",
 )
+
+
+def compiled(options: str) -> str:
+  """What the compiler tells of the kernels' forward and backward pass."""
+  script = pathlib.Path(__file__).parent / "compile_pallas_gpu.py"
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "MOSAIC_GPU_DUMP_PTXAS": "1",
+    "XLA_FLAGS": "",
+  }
+  done = subprocess.run(
+    [sys.executable, script, *options.split()],
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stdout[-2000:]
+  return done.stdout
+
+
+@pytest.mark.slow
+@needs_nvcc
 @pytest.mark.parametrize(
   ("options", "most"),
   [
@@ -310,24 +334,18 @@ def interpreted(chunk, time, dims, gates, **environment):
 )
 def test_kernels_compile_for_the_h200_without_one(options, most):
   """Spills are bytes per thread and kernel, as measured with ptxas 13.5."""
-  script = pathlib.Path(__file__).parent / "compile_pallas_gpu.py"
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "MOSAIC_GPU_DUMP_PTXAS": "1",
-    "XLA_FLAGS": "",
-  }
-  done = subprocess.run(
-    [sys.executable, script, *options.split()],
-    env=environment,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr[-2000:]
-  report = done.stdout + done.stderr
+  report = compiled(options)
   registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
   spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", report)]
   # Two scans, two times weights, and sums for the values and for gradients.
   assert len(registers) >= 6
   assert max(registers) <= 232
   assert max(spills) <= most
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_kernels_are_compiled_once_for_all_programs():
+  first, again = compiled("64 128 twice").split(compile_pallas_gpu.AGAIN)
+  assert first.count("registers") >= 6
+  assert "registers" not in again

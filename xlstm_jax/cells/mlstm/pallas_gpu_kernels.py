@@ -25,6 +25,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from xlstm_jax.cells.mlstm.lowered_once import lowered_once
+
 F32, BF16 = jnp.float32, jnp.bfloat16
 ROWS = 64  # of a warpgroup's matrix product
 TOKENS = 64  # of a tile
@@ -37,14 +39,7 @@ ROW, COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
 _COMPILER = plgpu.CompilerParams(approx_math=True)
 
 
-def _once(*static: str):
-  """Makes a kernel be traced and lowered once, however many blocks call it."""
-  return functools.partial(
-    jax.jit, static_argnames=("chunk", "interpret", *static)
-  )
-
-
-@_once("columns", "reverse", "save", "buffers")
+@lowered_once("chunk", "interpret", "columns", "reverse", "save", "buffers")
 def scan_states(
   k_BTHK: jax.Array,
   v_BTHV: jax.Array,
@@ -259,7 +254,7 @@ class Cotangents:
   inverse_BHT: jax.Array
 
 
-@_once("blocks")
+@lowered_once("chunk", "interpret", "blocks")
 def weigh(
   a_BTHK: jax.Array,
   b_BTHK: jax.Array,
@@ -608,7 +603,7 @@ class Sum:
     return results
 
 
-@_once("columns", "blocks")
+@lowered_once("chunk", "interpret", "columns", "blocks")
 def combine(
   sums: Sequence[Sum],
   *,
