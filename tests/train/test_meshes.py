@@ -217,6 +217,7 @@ def check_collectives(cfg: RunConfig, found: list[Collective]) -> None:
   definition = Definition(cfg.model, cfg.compute)
   weights = weight_sizes(definition, mesh, ["tensor"])
   shares = weight_sizes(definition, mesh, ["tensor", "fsdp"])
+  shares += merged_sizes(definition, mesh)
   times = collections.defaultdict(collections.Counter)
   for one in found:
     for size in {dims(shape) for dtype, shape in one.arrays if dtype != "s32"}:
@@ -275,6 +276,22 @@ def messages(cfg: RunConfig) -> int:
   exchanges = 1 + math.ceil(math.log2(devices - 1)) if devices > 2 else 1
   # An update is its decay, C, n and m; the convolution passes its inputs.
   return 4 * exchanges + (cfg.model.mlstm_block == "paper")
+
+
+def merged_sizes(
+  definition: Definition, mesh: MeshConfig
+) -> collections.Counter:
+  """How many gradients of small blocks have what sizes, merged in one map."""
+  cfg = definition.cfg
+  if cfg.mlstm_block != "paper" or not cfg.mlstm.qkv_block:
+    return collections.Counter()
+  size = cfg.mlstm.qkv_block
+  own = cfg.mlstm.inner(cfg.width) // size // mesh.tensor
+  merged = max(m for m in range(1, 64 // size + 1) if own % m == 0)
+  maps = 3 * cfg.kinds.count("mlstm")
+  return collections.Counter(
+    {dims((own // merged, merged, size, merged, size)): maps}
+  )
 
 
 def weight_sizes(

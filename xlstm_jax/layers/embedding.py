@@ -24,9 +24,13 @@ class Embedding(nnx.Module):
     )
 
   def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The rows of `tokens`, in the compute dtype."""
+    """The rows of `tokens`, in the compute dtype.
+
+    They are rounded after they are looked up: the gradient of a row is a sum
+    over all its tokens, which has to have the weight's type.
+    """
     tokens_BT = constrain(tokens_BT, "looked_up", "time")
-    x_BTD = self.weight[...].astype(self.dtype)[tokens_BT]
+    x_BTD = self.weight[...][tokens_BT].astype(self.dtype)
     return constrain(x_BTD, "looked_up", "time", "columns")
 
   def rows(self) -> Float[Array, "Z D"]:

@@ -54,8 +54,17 @@ class Linear(nnx.Module):
     """The map of `x`, in the compute dtype (fp32 if `precise`)."""
     x = wide(x) if self.precise else x.astype(self.dtype)
     weight = self.weight[...].astype(x.dtype)
-    y = jnp.einsum(self.equation, x, weight, precision=multiplication(x.dtype))
-    return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+    y = self.product(x, weight)
+    if self.bias is None:
+      return y
+    # In fp32, so that the bias's gradient is summed in it.
+    return (wide(y) + wide(self.bias[...])).astype(y.dtype)
+
+  def product(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The einsum, of one dtype."""
+    return jnp.einsum(
+      self.equation, x, weight, precision=multiplication(x.dtype)
+    )
 
 
 def dropout(

@@ -1,23 +1,28 @@
 """mLSTM mixer of the paper: up-projection, convolution, cell, output gate."""
 
 import dataclasses
+import math
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from xlstm_jax.cells import mlstm
+from xlstm_jax.cells.precision import multiplication
 from xlstm_jax.errors import UserError
 from xlstm_jax.layers import initializers
-from xlstm_jax.layers.compute import Compute
+from xlstm_jax.layers.compute import Compute, wide
 from xlstm_jax.layers.conv import CausalConv, ConvState
 from xlstm_jax.layers.feedforward import round_up
 from xlstm_jax.layers.linear import Linear, dropout
 from xlstm_jax.layers.norm import Norm, NormConfig, qk_norm
 from xlstm_jax.mixers.gates import Gates
 from xlstm_jax.mixers.memory import memory
-from xlstm_jax.sharding import constrain
+from xlstm_jax.sharding import constrain, split_over
+
+MERGED = 64  # channels of small blocks that are mapped as one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +207,9 @@ class MLSTM(nnx.Module):
       compute=self.compute,
     )
     h_BTU = self.head_norm(h_BTHV).reshape(x_BTU.shape)
-    h_BTU = h_BTU + self.skip[...].astype(h_BTU.dtype) * conv_BTU
+    # In fp32, so that the gradient of `skip` is summed in it.
+    skipped_BTU = wide(self.skip[...]) * wide(conv_BTU)
+    h_BTU = (wide(h_BTU) + skipped_BTU).astype(h_BTU.dtype)
     y_BTD = self.down(h_BTU * jax.nn.silu(z_BTU))
     y_BTD = dropout(y_BTD, self.dropout, dropout_key)
     return y_BTD, MLSTMState(conv_state, cell_state)
@@ -220,7 +227,7 @@ class _BlockDiagonal(nnx.Module):
     block = cfg.qkv_block or inner
     self.blocks = inner // block
     # N blocks, from I to O. A single one is split like any dense map.
-    self.map = Linear(
+    self.map = _Blocks(
       "BTNI,NIO->BTNO",
       (self.blocks, block, block),
       ("inner", None, None) if self.blocks > 1 else (None, "width", "inner"),
@@ -234,3 +241,27 @@ class _BlockDiagonal(nnx.Module):
     x_BTNI = x_BTU.reshape(*x_BTU.shape[:2], self.blocks, -1)
     y_BTU = self.map(x_BTNI).reshape(x_BTU.shape)
     return constrain(y_BTU, "batch", "time", "inner")
+
+
+class _Blocks(Linear):
+  """Maps N blocks, some at a time as one block that has zeros between them.
+
+  Matrix units multiply many channels at once, and blocks have 4.
+  """
+
+  def product(self, x_BTNI, weight_NIO):
+    *tokens, N, size = x_BTNI.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    own = N // math.prod(mesh.shape[a] for a in split_over("inner", N))
+    most = max(1, MERGED // size)
+    merged = max(m for m in range(1, most + 1) if own % m == 0)
+    groups = (N // merged, merged, size)
+    weight_GMIO = weight_NIO.reshape(*groups, size)
+    same_M1M1 = jnp.eye(merged, dtype=bool)[:, None, :, None]
+    y_BTGMO = jnp.einsum(
+      "BTGMI,GMIPO->BTGPO",
+      x_BTNI.reshape(*tokens, *groups),
+      jnp.where(same_M1M1, weight_GMIO[:, :, :, None], 0),
+      precision=multiplication(x_BTNI.dtype),
+    )
+    return y_BTGMO.reshape(x_BTNI.shape)
