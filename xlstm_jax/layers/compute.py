@@ -9,7 +9,7 @@ What holds in which precision, whatever `dtype` is:
   gate projections, gate pre-activations          fp32, operands too
   log-gates, cumulative sums, exponents, m, n, C  fp32 (the cells see to it)
   convolution: products and sums                  fp32, result cast to `dtype`
-  gradients that are sums over tokens             fp32: embeddings, biases, skips
+  sums over tokens: embedding, bias, skip         fp32, of gradients in `dtype`
   logits, soft caps, log-sum-exp, loss            fp32
 
 Products of fp32 operands are fp32 products on every device, which TPUs and GPUs

@@ -60,7 +60,7 @@ class Linear(nnx.Module):
     # In fp32, so that the bias's gradient is summed in it.
     return (wide(y) + wide(self.bias[...])).astype(y.dtype)
 
-  def product(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+  def product(self, x: jax.Array, weight: jax.Array, /) -> jax.Array:
     """The einsum, of one dtype."""
     return jnp.einsum(
       self.equation, x, weight, precision=multiplication(x.dtype)

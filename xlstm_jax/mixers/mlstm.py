@@ -249,7 +249,7 @@ class _Blocks(Linear):
   Matrix units multiply many channels at once, and blocks have 4.
   """
 
-  def product(self, x_BTNI, weight_NIO):
+  def product(self, x_BTNI, weight_NIO, /):
     *tokens, N, size = x_BTNI.shape
     mesh = jax.sharding.get_abstract_mesh()
     own = N // math.prod(mesh.shape[a] for a in split_over("inner", N))
