@@ -2,11 +2,13 @@
 
     python compile_pallas_gpu.py KEYS VALUES [plain] [twice]
 
-"plain" is without the normaliser; "twice" compiles another program with the
-same kernels, too. A process compiles for one kind of GPU only, hence a program
-of its own.
+"plain" is without the normaliser; "twice" lowers another program with the same
+kernels, too, and tells by what hashes the compiled kernels of both are found. A
+process compiles for one kind of GPU only, hence a program of its own.
 """
 
+import json
+import re
 import sys
 
 import jax
@@ -17,8 +19,6 @@ from xlstm_jax.cells.documents import documents
 from xlstm_jax.cells.mlstm.pallas_gpu import pallas_gpu
 from xlstm_jax.cells.mlstm.state import empty_state
 from xlstm_jax.plan import machines
-
-AGAIN = "Another program with the same kernels:"
 
 
 def main(key_dim: int, value_dim: int, *, normalize: bool, twice: bool) -> None:
@@ -56,10 +56,16 @@ def main(key_dim: int, value_dim: int, *, normalize: bool, twice: bool) -> None:
     return loss(*args) / 2
 
   with jax.set_mesh(mesh):
-    gradients(loss).lower(*tokens, *gates).compile()
+    lowered = gradients(loss).lower(*tokens, *gates)
     if twice:
-      print(AGAIN, flush=True)
-      gradients(half).lower(*tokens, *gates).compile()
+      again = gradients(half).lower(*tokens, *gates)
+      print(json.dumps([kernel_hashes(lowered), kernel_hashes(again)]))
+    else:
+      lowered.compile()
+
+
+def kernel_hashes(lowered) -> list[str]:
+  return sorted(set(re.findall(r'kernel_hash = "(.*?)",', lowered.as_text())))
 
 
 def gradients(function):

@@ -8,13 +8,13 @@ compiler.
 
 import functools
 import importlib.util
+import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
 
-import compile_pallas_gpu
 import jax
 import jax.numpy as jnp
 import mlstm_contract as contract
@@ -345,7 +345,8 @@ def test_kernels_compile_for_the_h200_without_one(options, most):
 
 @pytest.mark.slow
 @needs_nvcc
-def test_kernels_are_compiled_once_for_all_programs():
-  first, again = compiled("64 128 twice").split(compile_pallas_gpu.AGAIN)
-  assert first.count("registers") >= 6
-  assert "registers" not in again
+def test_programs_share_compiled_kernels():
+  """With JAX 0.11 they have none in common unless they are lowered once."""
+  first, second = json.loads(compiled("64 128 twice").splitlines()[-1])
+  assert len(first) >= 6
+  assert first == second

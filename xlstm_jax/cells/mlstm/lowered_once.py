@@ -1,9 +1,10 @@
 """Kernels that a process lowers and compiles once.
 
 Python takes a second to lower a kernel of the mLSTM, and the compiler several.
-JAX does both again for every program that has the kernel, for it numbers what
-it lowers, and the number is part of what finds a compiled kernel. Here it is
-lowered into a module of its own (`jax.export`), which the programs call.
+JAX lowers it again for every program that has the kernel, and JAX 0.11 compiles
+it again, too: it numbers what it lowers, and the number is part of what finds a
+compiled kernel. Here it is lowered into a module of its own (`jax.export`),
+which the programs call.
 """
 
 import concurrent.futures
