@@ -4,6 +4,7 @@ import json
 import pathlib
 import runpy
 
+import numpy as np
 import pytest
 
 from xlstm_jax.cells.mlstm import pallas_gpu_blocks
@@ -23,6 +24,40 @@ def test_a_row_has_times_and_errors():
   assert max(result["errors"].values()) < 1e-2  # bfloat16; 3.1e-3 measured
   text = SCRIPT_NAMES["line"]("1,256,2,16,32", "chunkwise-64", result)
   assert f"{result['forward']:.3f}" in text
+
+
+def test_the_truth_of_simple_gla_is_a_linear_attention_that_decays():
+  x = SCRIPT_NAMES["inputs"](SHAPE)
+  h, dq, dk, dv, di, df = SCRIPT_NAMES["truth"]("simple_gla", x)
+  q, k, v, f = (x[name][0].astype(np.float64) for name in "qkvf")
+  C_HKV = np.zeros((2, 16, 32))
+  for t in range(SHAPE[1]):
+    decay_H = 1 / (1 + np.exp(-f[t]))
+    C_HKV = decay_H[:, None, None] * C_HKV + k[t, :, :, None] * v[t, :, None]
+    read_HV = np.einsum("hk,hkv->hv", q[t], C_HKV) / 4  # the root of 16 keys
+    np.testing.assert_allclose(h[0, t], read_HV, rtol=1e-10, atol=1e-10)
+  assert all(gradient.any() for gradient in (dq, dk, dv, df))
+  assert not di.any()
+
+
+def test_the_truth_of_cudnn_is_causal_attention():
+  x = SCRIPT_NAMES["inputs"]((1, 64, 2, 128, 256))
+  h, dq, dk, dv, di, df = SCRIPT_NAMES["truth"]("cudnn", x)
+  q, k, v = (x[name][0].astype(np.float64) for name in "qkv")
+  score_HTS = np.einsum("thk,shk->hts", q, k) / np.sqrt(128)
+  weight_HTS = np.exp(score_HTS) * np.tri(64)
+  weight_HTS /= weight_HTS.sum(-1, keepdims=True)
+  expected = np.einsum("hts,shv->thv", weight_HTS, v).reshape(64, 4, 128)
+  np.testing.assert_allclose(h[0], expected, rtol=1e-10, atol=1e-10)
+  assert all(gradient.any() for gradient in (dq, dk, dv))
+  assert not any(gradient.any() for gradient in (di, df))
+
+
+def test_errors_are_of_what_a_function_depends_on():
+  exact = [np.ones(4)] * 4 + [np.zeros(4)] * 2
+  found = [1.5 * x for x in exact]
+  expected = dict.fromkeys(("h", "dq", "dk", "dv"), 0.5)
+  assert SCRIPT_NAMES["errors"](found, exact) == expected
 
 
 @pytest.mark.parametrize("shape", ["3,x", "1,2,3,4", "1,2,3,4,0"])
