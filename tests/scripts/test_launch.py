@@ -306,9 +306,9 @@ def preempted(*_):
 signal.signal(signal.SIGTERM, preempted)
 with open(f"{folder}/words-{index}", "w") as file:
   json.dump(sys.argv[1:], file)
-with open(f"{folder}/.pid", "w") as file:
+with open(f"{folder}/.pid-{index}", "w") as file:
   file.write(str(os.getpid()))
-os.rename(f"{folder}/.pid", f"{folder}/pid-{index}")
+os.rename(f"{folder}/.pid-{index}", f"{folder}/pid-{index}")
 if os.environ["STATUS"] == "wait":
   while True:
     time.sleep(0.05)
