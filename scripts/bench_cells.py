@@ -90,7 +90,7 @@ def inputs(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
 
 
 def in_heads(q, k, v):
-  """All in heads of 128, queries and keys first filled up with copies."""
+  """All in heads of 128; copies make queries and keys as wide as the values."""
   q, k = (jnp.concatenate([x, x], -1)[..., : v.shape[-1]] for x in (q, k))
   return [x.reshape(*x.shape[:2], -1, 128) for x in (q, k, v)]
 
