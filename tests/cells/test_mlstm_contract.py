@@ -98,6 +98,7 @@ def test_wide_heads_in_the_chunks_of_kernels(chunk):
 
 
 WIDE = (
+  (96, 192),
   (128, 256),
   (256, 512),
   (384, 384),

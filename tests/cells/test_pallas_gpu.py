@@ -167,7 +167,7 @@ def test_what_the_kernels_do_not_take(args, message):
 
 
 HEADS = [
-  *((64, 128), (128, 192), (128, 256), (256, 512), (384, 384), (512, 512)),
+  *((64, 128), (96, 192), (128, 256), (256, 512), (384, 384), (512, 512)),
   *((768, 768), (1024, 1024), (1280, 1280)),
 ]
 
@@ -251,9 +251,11 @@ def test_packed_bits_give_16_of_the_bits_of_float32(width):
     # Where all forget, dn hangs on the rounding of one weight.
     (128, 67, (64, 128), "sigmoid capped forget"),
     (256, 301, (64, 128), "exp normal capped i=-100"),
-    # Several blocks of values, and keys that are padded.
+    # Several blocks of values.
     (128, 200, (64, 384), "exp normal"),
-    (128, 40, (96, 64), "exp normal"),
+    # Keys in parts that overlap; some, too, that are padded to so many.
+    (256, 301, (96, 192), "exp normal"),
+    (128, 40, (80, 64), "exp normal"),
     # Vectors of keys that are copied in two parts.
     (128, 40, (384, 384), "exp normal"),
   ],
@@ -325,6 +327,7 @@ def compiled(options: str) -> str:
     # Without the normaliser some values are constants, which cannot be stored
     # as they are.
     ("64 128 plain", 0),
+    ("96 192", 0),
     ("128 256", 20),
     ("256 512", 40),
     ("384 384", 40),

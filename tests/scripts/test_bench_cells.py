@@ -22,6 +22,9 @@ def test_a_row_has_times_and_errors():
   assert set(result["errors"]) == {"h", "dq", "dk", "dv", "di", "df"}
   assert min(result["errors"].values()) > 1e-4
   assert max(result["errors"].values()) < 1e-2  # bfloat16; 3.1e-3 measured
+  # Arguments and results: twice those of bfloat16, and the gates' of float32.
+  least = 2 * (1 * 256 * 2) * (2 * (16 + 16 + 32 + 32) + 2 * 4)
+  assert least < result["peak_gib"] * 2**30 < 100 * least
   text = SCRIPT_NAMES["line"]("1,256,2,16,32", "chunkwise-64", result)
   assert f"{result['forward']:.3f}" in text
 
@@ -130,7 +133,8 @@ def test_tuning_writes_the_fastest_sizes_of_every_head(
 
 
 @pytest.mark.parametrize(
-  ("dims", "number"), [((64, 128), 2), ((128, 256), 8), ((256, 512), 16)]
+  ("dims", "number"),
+  [((64, 128), 2), ((96, 192), 16), ((128, 256), 8), ((256, 512), 16)],
 )
 def test_block_sizes_that_come_to_the_same_are_timed_once(dims, number):
   assert len(SCRIPT_NAMES["candidates"](*dims)) == number

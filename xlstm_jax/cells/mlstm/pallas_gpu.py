@@ -18,7 +18,14 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
 from xlstm_jax.cells.documents import Documents
-from xlstm_jax.cells.mlstm.pallas_gpu_blocks import CHUNKS, Blocks, best, padded
+from xlstm_jax.cells.mlstm.pallas_gpu_blocks import (
+  CHUNKS,
+  Blocks,
+  best,
+  padded,
+  padded_keys,
+  values_apart,
+)
 from xlstm_jax.cells.mlstm.pallas_gpu_gates import (
   Scales,
   last_stabilizer,
@@ -86,12 +93,12 @@ def pallas_gpu(
   time = q_BTHK.shape[1]
   past = _rescaled(state, jax.lax.stop_gradient(state.m_BH))
 
-  def pad(x, *, time_fill=None, dim=None):
+  def pad(x, *, time_fill=None, dim=None, to=padded):
     widths = [(0, 0)] * x.ndim
     if time_fill is not None:
       widths[1] = (0, -time % chunk)
     if dim is not None:
-      widths[dim] = (0, padded(x.shape[dim]) - x.shape[dim])
+      widths[dim] = (0, to(x.shape[dim]) - x.shape[dim])
     if all(width == (0, 0) for width in widths):
       return x
     if time_fill == "edge":
@@ -103,13 +110,13 @@ def pallas_gpu(
     starts_BT = jnp.pad(starts_BT, ((0, 0), (0, -time % chunk)))
   h_BTHV, C_BHKV, n_BHK, m_BH = _mlstm(
     _Options(blocks, key_dim, stabilize, normalize, eps, interpret),
-    pad(q_BTHK, time_fill=0, dim=3),
-    pad(k_BTHK, time_fill=0, dim=3),
+    pad(q_BTHK, time_fill=0, dim=3, to=padded_keys),
+    pad(k_BTHK, time_fill=0, dim=3, to=padded_keys),
     pad(v_BTHV, time_fill=0, dim=3),
     pad(log_i_BTH, time_fill=-jnp.inf),
     pad(log_f_BTH, time_fill=0),
-    pad(pad(past.C_BHKV, dim=2), dim=3),
-    pad(past.n_BHK, dim=2),
+    pad(pad(past.C_BHKV, dim=2, to=padded_keys), dim=3),
+    pad(past.n_BHK, dim=2, to=padded_keys),
     past.m_BH,
     past.segment_B,
     pad(documents.id_BT, time_fill="edge"),
@@ -252,6 +259,21 @@ def _backward(opt, kept, cotangents):
     opt=opt,
     reverse=True,
   )
+  sum_ = _kernels().Sum
+  combine = partial(
+    _kernels().combine,
+    chunk=opt.blocks.chunk,
+    columns=opt.blocks.gradient_columns,
+    interpret=opt.interpret,
+  )
+  sums = [
+    sum_("dv", k, D_BHNKV, read["pairs"], dh, s.write_BHT, partner_BTHO=v)
+  ]
+  early = []
+  if values_apart(q.shape[-1]):
+    early, sums = combine(sums), []
+    # `weigh` comes after it, and may write where the weights were.
+    early, dn_BHNK = jax.lax.optimization_barrier((early, dn_BHNK))
   written = _kernels().weigh(
     k,
     q,
@@ -264,35 +286,28 @@ def _backward(opt, kept, cotangents):
     chunk=opt.blocks.chunk,
     interpret=opt.interpret,
   )
-  sum_, dscores_BHTZ = _kernels().Sum, written["pairs"]
-  of_q, of_k, of_v = _kernels().combine(
-    [
-      sum_(
-        "dq",
-        dh,
-        C_BHNKV,
-        dscores_BHTZ,
-        k,
-        read["past"],
-        bias_BHT=bias_BHT,
-        vector_BHNO=n_BHNK,
-      ),
-      sum_(
-        "dk",
-        v,
-        D_BHNKV,
-        dscores_BHTZ,
-        q,
-        s.write_BHT,
-        vector_BHNO=dn_BHNK,
-        partner_BTHO=k,
-      ),
-      sum_("dv", k, D_BHNKV, read["pairs"], dh, s.write_BHT, partner_BTHO=v),
-    ],
-    chunk=opt.blocks.chunk,
-    columns=opt.blocks.gradient_columns,
-    interpret=opt.interpret,
+  dscores_BHTZ = written["pairs"]
+  sum_q = sum_(
+    "dq",
+    dh,
+    C_BHNKV,
+    dscores_BHTZ,
+    k,
+    read["past"],
+    bias_BHT=bias_BHT,
+    vector_BHNO=n_BHNK,
   )
+  sum_k = sum_(
+    "dk",
+    v,
+    D_BHNKV,
+    dscores_BHTZ,
+    q,
+    s.write_BHT,
+    vector_BHNO=dn_BHNK,
+    partner_BTHO=k,
+  )
+  of_q, of_k, of_v = [*combine([sum_q, sum_k, *sums]), *early]
   di_BHT = written["dot"] + of_v["dot"]
   passed_BHT = of_k["dot"]
 

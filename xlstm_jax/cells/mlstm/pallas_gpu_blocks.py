@@ -39,15 +39,29 @@ def best(device_kind: str, key_dim: int, value_dim: int) -> Blocks:
 
 def name(key_dim: int, value_dim: int) -> str:
   """What the table calls such heads."""
-  return f"{padded(key_dim)} x {padded(value_dim)}"
+  return f"{padded_keys(key_dim)} x {padded(value_dim)}"
 
 
 def padded(dim: int) -> int:
-  """Channels of a head as the kernels have them."""
+  """Values of a head as the kernels have them."""
   return dim + -dim % 64
+
+
+def padded_keys(dim: int) -> int:
+  """Keys of a head as the kernels have them."""
+  return 96 if 64 < dim <= 96 else padded(dim)
 
 
 @functools.cache
 def table() -> dict[str, dict[str, dict[str, int]]]:
   """Fields of `Blocks` by the kind of the device and the name of the heads."""
   return json.loads(TABLE.read_text())
+
+
+def values_apart(key_dim: int) -> bool:
+  """Whether dv is summed before the gradients of the scores are made.
+
+  These may then lie where the weights of pairs of tokens were, which in small
+  heads take more memory than anything else. It takes a tenth more time there.
+  """
+  return key_dim < 128

@@ -74,7 +74,10 @@ def scan_states(
   span = chunks // spans
   tiles = chunk // TOKENS
   key_blocks, value_blocks = scan_blocks(key_dim, value_dim, columns)
-  workers = key_dim // (ROWS * key_blocks)
+  block_keys = key_dim // key_blocks
+  workers = -(-block_keys // ROWS)
+  # Of 96 keys 32 belong to both workers, who write the same.
+  second = block_keys - ROWS
   width = value_dim // value_blocks
   steps = span * tiles
   # Two blocks of keys are a cluster: each loads half of the values for both.
@@ -91,7 +94,7 @@ def scan_states(
     key_block = lax.axis_index("key")
     if paired:
       key_block = 2 * key_block + lax.axis_index("pair")
-    k0 = key_block * (ROWS * workers)
+    k0 = key_block * block_keys
     values = pl.ds(lax.axis_index("value") * width, width)
     first = lax.axis_index("value") == 0
     ring = _Ring(full, free, buffers)
@@ -109,7 +112,7 @@ def scan_states(
         t0 = place(step // tiles) * chunk + lax.rem(step, tiles) * TOKENS
         tokens = pl.ds(t0, TOKENS)
         for source, target in (
-          (k_ref.at[b, tokens, h, pl.ds(k0, ROWS * workers)], k_smem),
+          (k_ref.at[b, tokens, h, pl.ds(k0, block_keys)], k_smem),
           (w_ref.at[b, h, tokens], w_smem),
           (wn_ref.at[b, h, tokens], wn_smem),
         ):
@@ -130,7 +133,7 @@ def scan_states(
     @pl.when(worker < workers)
     def _compute():
       plgpu.set_max_registers(232, action="increase")
-      keys = pl.ds(k0 + worker * ROWS, ROWS)
+      keys = pl.ds(k0 + worker * second, ROWS)
       C_kv = plgpu.load(
         C0_ref.at[b, h, s, keys, values], layout=MATRIX, optimized=False
       )
@@ -157,7 +160,9 @@ def scan_states(
           for tile, count in enumerate(counts):
             slot = ring.take(count)
             k_kl = plgpu.load(
-              k_smem.at[slot, :, pl.ds(worker * ROWS, ROWS)].transpose((1, 0)),
+              k_smem.at[slot, :, pl.ds(worker * second, ROWS)].transpose(
+                (1, 0)
+              ),
               layout=MATRIX,
             ).astype(F32)
             w_l = plgpu.load(w_smem.at[slot], layout=COLUMN)
@@ -208,7 +213,7 @@ def scan_states(
     num_threads=workers + 1,
     thread_name="worker",
     scratch_types=(
-      _smem(buffers, TOKENS, ROWS * workers),
+      _smem(buffers, TOKENS, block_keys, tile=_tile(key_dim)),
       _smem(buffers, TOKENS, width),
       plgpu.SMEM((buffers, TOKENS), F32),
       plgpu.SMEM((buffers, TOKENS), F32),
@@ -224,10 +229,11 @@ def scan_states(
 def scan_blocks(key_dim: int, value_dim: int, columns: int) -> tuple[int, int]:
   """Into how many blocks `scan_states` splits the keys and values of a head.
 
-  A block has one or two times 64 keys.
+  A block has 64, 96 or 128 keys.
   """
+  block_keys = key_dim if key_dim < BLOCK else math.gcd(key_dim, BLOCK)
   width = out_width(columns, value_dim)
-  return key_dim // math.gcd(key_dim, 2 * ROWS), value_dim // width
+  return key_dim // block_keys, value_dim // width
 
 
 @jax.tree_util.register_dataclass
@@ -352,8 +358,8 @@ def weigh(
               slot, source.at[b, h, z_tokens], column_smem.at[slot, i]
             )
           for x_ref, z_ref in zip(x_refs, z_refs, strict=True):
-            for j in range(x_ref.shape[-1] // 64):
-              place = pl.ds(j * 64, 64)
+            for start, _ in _parts(x_ref.shape[-1], 64):
+              place = pl.ds(start, 64)
               slot = ring.room(step)
               ring.fill(slot, x_ref.at[b, x_tokens, h, place], x_smem.at[slot])
               ring.fill(slot, z_ref.at[b, z_tokens, h, place], z_smem.at[slot])
@@ -390,19 +396,21 @@ def weigh(
         def scores(step, dim, dot_x=None):
           """a b^T over `dim` numbers, and with dot_x a times the vector."""
 
+          parts = _parts(dim, 64)
+
           def part(multiply, slot, j, dot_x):
-            x_ref = x_smem.at[slot, half]
-            multiply(x_ref, z_smem.at[slot].transpose((1, 0)))
+            start, new = parts[j]
+            x_ref = x_smem.at[slot, half, new]
+            multiply(x_ref, z_smem.at[slot, :, new].transpose((1, 0)))
             if dot_x is None:
               return None
             part_xk = plgpu.load(x_ref, layout=MATRIX).astype(F32)
-            n_k = plgpu.load(
-              vector_smem.at[vector_slot, pl.ds(j * 64, 64)], layout=COLUMN
-            )
+            place = pl.ds(start + new.start, new.size)
+            n_k = plgpu.load(vector_smem.at[vector_slot, place], layout=COLUMN)
             return dot_x + (part_xk * _over_rows(n_k, ROWS)).sum(axis=1)
 
           zeros = plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), F32), MATRIX)
-          return _stream(ring, step, dim // 64, zeros, dot_x, part, interpret)
+          return _stream(ring, step, len(parts), zeros, dot_x, part, interpret)
 
         def save(pairs, c, start, stored):
           place = pl.ds(c * BLOCK + start, 64)
@@ -521,8 +529,8 @@ def weigh(
     num_threads=3,
     thread_name="worker",
     scratch_types=(
-      _smem(stages, BLOCK, 64),
-      _smem(stages, BLOCK, 64),
+      _smem(stages, BLOCK, 64, tile=_tile(key_dim)),
+      _smem(stages, BLOCK, 64, tile=_tile(key_dim)),
       plgpu.SMEM((2, key_dim), F32),
       plgpu.SMEM((2, 2 + len(of_columns), BLOCK), F32),
       _smem(2, 2, ROWS, 64),
@@ -631,6 +639,7 @@ def combine(
   dims = [width, *(x.a_BTHA.shape[-1] for x in sums)]
   depth = BLOCK if all(dim % BLOCK == 0 for dim in dims) else 64
   per_block = BLOCK // depth
+  tile = _tile(*dims)
   stages, stores = combine_buffers(width, depth)
 
   def mlstm_sums(
@@ -695,9 +704,9 @@ def combine(
             slot, refs["vector"].at[b, h, n, columns], vector_smem.at[slot]
           )
           vectors += 1
-        for j in range(x.a_BTHA.shape[-1] // depth):
+        for start, _ in _parts(x.a_BTHA.shape[-1], depth):
           slot = ring.room(step)
-          part = pl.ds(j * depth, depth)
+          part = pl.ds(start, depth)
           place = (columns, part) if x.transposed else (part, columns)
           target = across_state_smem if x.transposed else c_smem
           ring.fill(slot, refs["a"].at[b, rows, h, part], a_smem.at[slot])
@@ -715,7 +724,7 @@ def combine(
             step += 1
           return step
 
-        def tile(z, step):
+        def pairs(z, step):
           slot = ring.room(step)
           tokens = pl.ds(t0 + z * depth, depth)
           if x.mode in ("dq", "dv"):
@@ -731,7 +740,7 @@ def combine(
         if x.mode == "dk":
           step = partner(step)
         first, end = seen(x, r)
-        step = lax.fori_loop(per_block * first, per_block * end, tile, step)
+        step = lax.fori_loop(per_block * first, per_block * end, pairs, step)
         if x.mode == "dv":
           step = partner(step)
         return step, vectors
@@ -751,8 +760,8 @@ def combine(
         else:
           partner_ref = c_smem.at[jnp.where(worker == 0, *slots)]
         dot_x = plgpu.layout_cast(jnp.zeros((ROWS,), F32), ROW)
-        for j in range(width // 64):
-          place = slice(j * 64, (j + 1) * 64)
+        for start, new in _parts(width, 64):
+          place = slice(start + new.start, start + 64)
           other = plgpu.load(partner_ref.at[:, place], layout=MATRIX)
           dot_x = dot_x + (y[:, place] * other.astype(F32)).sum(axis=1)
         for part in range(per_block):
@@ -764,7 +773,7 @@ def combine(
         b, h, n, r, o = item
         step, vectors = counts
         rows = pl.ds(n * chunk + r * BLOCK + worker * ROWS, ROWS)
-        tiles = x.a_BTHA.shape[-1] // depth
+        parts = _parts(x.a_BTHA.shape[-1], depth)
 
         def of_rows(ref):
           return plgpu.load(ref.at[b, h, rows], layout=ROW, optimized=False)
@@ -773,15 +782,16 @@ def combine(
         bias_x = of_rows(refs["bias"]) if x.mode == "dq" else None
 
         def read_state(multiply, slot, j, none):
+          _, new = parts[j]
           if x.transposed:
-            state = across_state_smem.at[slot].transpose((1, 0))
+            state = across_state_smem.at[slot, :, new].transpose((1, 0))
           else:
-            state = c_smem.at[slot]
-          multiply(a_smem.at[slot, half], state)
+            state = c_smem.at[slot, new]
+          multiply(a_smem.at[slot, half, new], state)
 
         zeros = plgpu.layout_cast(jnp.zeros((ROWS, width), F32), MATRIX)
         y, _, step = _stream(
-          ring, step, tiles, zeros, None, read_state, interpret
+          ring, step, len(parts), zeros, None, read_state, interpret
         )
         if x.transposed:
           slot = vector_ring.take(vectors)
@@ -833,7 +843,8 @@ def combine(
 
         for pair in range(0, width, BLOCK):
           rests = []
-          for start in range(pair, min(pair + BLOCK, width), 64):
+          for start, _ in _parts(min(BLOCK, width - pair), 64):
+            start += pair
             part = y[:, start : start + 64]
             rounded = part.astype(BF16)
             save(rounded, out_refs["y"], o * width + start)
@@ -855,10 +866,16 @@ def combine(
     num_threads=3,
     thread_name="worker",
     scratch_types=(
-      plgpu.RefUnion(_smem(stages, BLOCK, depth), _smem(stages, depth, BLOCK)),
-      plgpu.RefUnion(_smem(stages, depth, width), _smem(stages, width, depth)),
+      plgpu.RefUnion(
+        _smem(stages, BLOCK, depth, tile=tile),
+        _smem(stages, depth, BLOCK, tile=tile),
+      ),
+      plgpu.RefUnion(
+        _smem(stages, depth, width, tile=tile),
+        _smem(stages, width, depth, tile=tile),
+      ),
       plgpu.SMEM((2, width), F32),
-      _smem(2, stores, ROWS, 64),
+      _smem(2, stores, ROWS, 64, tile=tile),
       plgpu.Barrier(num_arrivals=2, num_barriers=stages),
       plgpu.Barrier(num_arrivals=2, num_barriers=stages),
       plgpu.Barrier(num_barriers=2),
@@ -911,11 +928,11 @@ def _packed(rests):
 def out_width(columns: int, *out_dims: int) -> int:
   """How many of its result's columns a block computes, at most `columns`.
 
-  Results of all these dimensions, multiples of 64, are cut into such parts.
+  Results of all these dimensions, multiples of 64 or else of 32, are cut into
+  such parts.
   """
-  return next(
-    w for w in range(columns, 0, -64) if all(dim % w == 0 for dim in out_dims)
-  )
+  widths = range(columns, 0, -_tile(*out_dims))
+  return next(w for w in widths if all(dim % w == 0 for dim in out_dims))
 
 
 def combine_buffers(width: int, depth: int) -> tuple[int, int]:
@@ -984,11 +1001,29 @@ def _copies(dim: int) -> list[tuple[int, int]]:
   ]
 
 
-def _smem(*shape: int):
-  """Buffers of bfloat16 as wgmma and TMA want them: 128-byte swizzled."""
+def _parts(dim: int, size: int) -> list[tuple[int, pl.Slice]]:
+  """Starts of parts of `size` of `dim` numbers, and what is new in each.
+
+  The last part begins in the one before where `size` does not divide `dim`: a
+  copy fills its buffer.
+  """
+  parts = []
+  for end in range(0, dim, size):
+    start = min(end, dim - size)
+    parts.append((start, pl.ds(end - start, start + size - end)))
+  return parts
+
+
+def _tile(*dims: int) -> int:
+  """Columns of the tiles in which TMA copies arrays with so many."""
+  return 64 if all(dim % 64 == 0 for dim in dims) else 32
+
+
+def _smem(*shape: int, tile: int = 64):
+  """Buffers of bfloat16 as wgmma and TMA want them: in swizzled tiles."""
   transforms = (
-    plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
-    plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+    plgpu.TilingTransform((8, tile)),  # pyright: ignore[reportAbstractUsage]
+    plgpu.SwizzleTransform(2 * tile),  # pyright: ignore[reportAbstractUsage]
   )
   return plgpu.SMEM(shape, BF16, transforms=transforms)
 
