@@ -346,6 +346,16 @@ def test_kernels_compile_for_the_h200_without_one(options, most):
   assert max(spills) <= most
 
 
+# The rows of the public Triton kernels in docs/kernels.md.
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.parametrize(
+  ("heads", "gib"), [("64 128", 0.7742), ("96 192", 0.8719)]
+)
+def test_small_heads_need_no_more_memory_than_the_public_kernels(heads, gib):
+  assert int(compiled(f"{heads} large").splitlines()[-1]) / 2**30 <= gib
+
+
 @pytest.mark.slow
 @needs_nvcc
 def test_programs_share_compiled_kernels():

@@ -4,6 +4,8 @@ import json
 import pathlib
 import runpy
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,11 +24,15 @@ def test_a_row_has_times_and_errors():
   assert set(result["errors"]) == {"h", "dq", "dk", "dv", "di", "df"}
   assert min(result["errors"].values()) > 1e-4
   assert max(result["errors"].values()) < 1e-2  # bfloat16; 3.1e-3 measured
-  # Arguments and results: twice those of bfloat16, and the gates' of float32.
-  least = 2 * (1 * 256 * 2) * (2 * (16 + 16 + 32 + 32) + 2 * 4)
-  assert least < result["peak_gib"] * 2**30 < 100 * least
+  assert result["peak_gib"] > 0
   text = SCRIPT_NAMES["line"]("1,256,2,16,32", "chunkwise-64", result)
   assert f"{result['forward']:.3f}" in text
+
+
+def test_memory_is_that_of_arguments_results_and_what_is_between():
+  x = jax.ShapeDtypeStruct((1024,), jnp.float32)
+  compiled = jax.jit(lambda x: jnp.sort(x)[:512]).lower(x).compile()
+  assert 10 * 1024 <= SCRIPT_NAMES["peak_bytes"](compiled) <= 12 * 1024
 
 
 def test_the_truth_of_simple_gla_is_a_linear_attention_that_decays():
@@ -93,16 +99,20 @@ def test_what_a_row_lacks_is_said():
   assert text.split()[2:] == ["1.500", "-", "-", "no", "backward", "pass"]
 
 
-def test_tuning_writes_the_fastest_sizes_of_every_head(
-  tmp_path, monkeypatch, capsys
-):
-  table = {"NVIDIA H200": {"64 x 64": Blocks()._asdict()}, "other": {}}
+@pytest.fixture
+def table_file(tmp_path, monkeypatch):
+  """A table of block sizes that stands in for the real one."""
   file = tmp_path / "table.json"
-  file.write_text(json.dumps(table))
   monkeypatch.setattr(pallas_gpu_blocks, "TABLE", file)
   monkeypatch.setattr(
     pallas_gpu_blocks, "table", lambda: json.loads(file.read_text())
   )
+  return file
+
+
+def test_tuning_writes_the_fastest_sizes_of_every_head(table_file, capsys):
+  table = {"NVIDIA H200": {"64 x 64": Blocks()._asdict()}, "other": {}}
+  table_file.write_text(json.dumps(table))
 
   def run(cases):
     for row, shape, blocks in cases:
@@ -110,13 +120,13 @@ def test_tuning_writes_the_fastest_sizes_of_every_head(
       if blocks.gradient_columns == 128:
         yield {"failed": "no memory"}
       else:
-        milliseconds = 5.0 - (shape[0] == "8") - blocks.chunk / 1000
+        milliseconds = 5.0 - (shape[0] == "8") - blocks.chunk / 200
         fast = blocks.sum_columns == 128
         yield {"device": "NVIDIA H200", "both": milliseconds - fast}
 
   SCRIPT_NAMES["tune"](["8,8192,8,256,512", "2,512,8,500,512"], run)
   fastest = Blocks(256, 128, 128, 256)._asdict()
-  assert json.loads(file.read_text()) == {
+  assert json.loads(table_file.read_text()) == {
     "NVIDIA H200": {
       "64 x 64": Blocks()._asdict(),
       "256 x 512": fastest,
@@ -128,8 +138,26 @@ def test_tuning_writes_the_fastest_sizes_of_every_head(
   assert printed[0].split() == [
     *("shape", "chunk", "state", "sum", "gradient", "both")
   ]
-  assert len(printed) == 1 + 2 * 16
+  # Of each shape two sizes are near the fastest, and timed two times more.
+  assert len(printed) == 1 + 2 * 16 + 2 * 2 * 2
   assert printed[1].endswith("no memory")
+
+
+def test_tuning_does_not_trust_a_single_time(table_file):
+  table_file.write_text("{}")
+  rounds = []
+
+  def run(cases):
+    rounds.append(cases)
+    for _, _, blocks in cases:
+      lucky = blocks.chunk == 128 and len(rounds) == 1
+      slow = 0.05 * (blocks.chunk == 128)
+      yield {"device": "NVIDIA H200", "both": 1 + slow - 0.1 * lucky}
+
+  SCRIPT_NAMES["tune"](["32,2048,6,64,128"], run)
+  heads = json.loads(table_file.read_text())["NVIDIA H200"]
+  assert heads["64 x 128"]["chunk"] == 256
+  assert [len(cases) for cases in rounds] == [2, 2, 2]
 
 
 @pytest.mark.parametrize(
