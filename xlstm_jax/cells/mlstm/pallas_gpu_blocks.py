@@ -62,6 +62,6 @@ def values_apart(key_dim: int) -> bool:
   """Whether dv is summed before the gradients of the scores are made.
 
   These may then lie where the weights of pairs of tokens were, which in small
-  heads take more memory than anything else. It takes a tenth more time there.
+  heads are as large as the values or larger. It takes a tenth more time there.
   """
   return key_dim < 128
