@@ -278,8 +278,7 @@ def bench(
   small = inputs(few)
   expected = truth(row, small)
   if row in IN_TORCH:
-    wait_for_turn(lock)
-    return torch_bench(row, shape, small, expected)
+    return torch_bench(row, shape, small, expected, lock)
   arrays = host_arrays(inputs(shape), jnp.bfloat16)
   ahead = lock is not None and row.startswith("pallas_gpu")
   if not ahead:
@@ -318,11 +317,19 @@ def peak_bytes(compiled) -> int:
   )
 
 
-def torch_bench(row: str, shape: tuple[int, ...], small, expected) -> dict:
+def torch_bench(
+  row: str,
+  shape: tuple[int, ...],
+  small,
+  expected,
+  lock: pathlib.Path | None,
+) -> dict:
   import torch  # pyright: ignore[reportMissingImports]
 
   forward, both = torch_functions(row)
-  arrays = torch_arrays(row, inputs(shape))
+  x = inputs(shape)
+  wait_for_turn(lock)
+  arrays = torch_arrays(row, x)
 
   def wait(x):
     del x
