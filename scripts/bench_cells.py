@@ -19,7 +19,7 @@ the Pallas kernels' then compile without XLA trying out fusions on the GPU.
 
 --tune times the block sizes of the Pallas kernels, forward and backward, and
 writes those that were fastest at each shape into the table that the backend
-reads for such heads.
+reads for such heads: of several shapes with the same heads the last one's.
 """
 
 import argparse
