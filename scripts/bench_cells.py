@@ -553,8 +553,8 @@ def main(argv: list[str] | None = None) -> None:
     for (row, shape), result in zip(cases, run(cases), strict=True):
       results.append({"shape": shape, "row": row, **result})
       print(line(shape, row, result), flush=True)
-  if args.json:
-    args.json.write_text(json.dumps(results, indent=2) + "\n")
+      if args.json:  # row after row: a run that is cut off keeps its own
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -347,8 +347,8 @@ def main(argv: list[str] | None = None) -> None:
     print(line(row, result), flush=True)
     for name, ms in result.get("profile", {}).items():
       print(f"    {name:16} {ms:9.2f} ms", flush=True)
-  if args.json:
-    args.json.write_text(json.dumps(results, indent=2) + "\n")
+    if args.json:  # row after row: a run that is cut off keeps its own
+      args.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

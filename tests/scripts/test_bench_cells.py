@@ -88,6 +88,23 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message):
     SCRIPT_NAMES["main"](arguments)
 
 
+def test_a_run_that_is_cut_off_keeps_its_rows(tmp_path, monkeypatch):
+  main, file = SCRIPT_NAMES["main"], tmp_path / "rows.json"
+
+  def in_process(row, shape, **options):
+    del shape, options
+    if row == "cudnn":
+      raise KeyboardInterrupt
+    return {"forward": 1.5}
+
+  monkeypatch.setitem(main.__globals__, "in_process", in_process)
+  rows = ["--row=chunkwise-64", "--row=cudnn"]
+  with pytest.raises(KeyboardInterrupt):
+    main([*rows, "--shape=1,2,3,4,5", f"--json={file}"])
+  (kept,) = json.loads(file.read_text())
+  assert kept == {"shape": "1,2,3,4,5", "row": "chunkwise-64", "forward": 1.5}
+
+
 def test_a_row_that_failed_says_why():
   text = SCRIPT_NAMES["line"]("s", "pallas_gpu", {"failed": "no GPU"})
   assert text.endswith("no GPU")

@@ -1,5 +1,6 @@
 """The benchmark of whole steps, as far as it goes without a GPU."""
 
+import json
 import pathlib
 import runpy
 
@@ -55,6 +56,21 @@ def test_the_models_are_those_of_the_published_rows():
 def test_a_mesh_that_is_none_is_named(mesh):
   with pytest.raises(UserError, match=f"--mesh={mesh} must be"):
     BENCH["main"]([f"--mesh={mesh}"])
+
+
+def test_a_run_that_is_cut_off_keeps_its_rows(tmp_path, monkeypatch):
+  main, file = BENCH["main"], tmp_path / "rows.json"
+
+  def in_process(row):
+    if row.context == 8192:
+      raise KeyboardInterrupt
+    return {"failed": "no GPU"}
+
+  monkeypatch.setitem(main.__globals__, "in_process", in_process)
+  with pytest.raises(KeyboardInterrupt):
+    main(["--model=165M", f"--json={file}"])
+  (kept,) = json.loads(file.read_text())
+  assert (kept["context"], kept["failed"]) == (2048, "no GPU")
 
 
 def test_too_few_devices_are_told():
