@@ -1,12 +1,13 @@
 """Compiles the kernels' forward and backward pass for an H200 without one.
 
-    python compile_pallas_gpu.py KEYS VALUES [plain] [large] [twice]
+    python compile_pallas_gpu.py KEYS VALUES [plain] [large] [mesh] [twice]
 
 "plain" is without the normaliser; "large" is of 65,536 tokens and 384 keys in
-all heads. It prints how many bytes the program needs, arguments and results
-included. "twice" lowers another program with the same kernels, too, and tells
-by what hashes the compiled kernels of both are found. A process compiles for
-one kind of GPU only, hence a program of its own.
+all heads; "mesh" divides the rows over four GPUs by `jax.shard_map`. It prints
+how many bytes the program needs on a GPU, arguments and results included.
+"twice" lowers another program with the same kernels, too, and tells by what
+hashes the compiled kernels of both are found. A process compiles for one kind
+of GPU only, hence a program of its own.
 """
 
 import json
@@ -15,46 +16,39 @@ import sys
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from xlstm_jax import sharding
-from xlstm_jax.cells.documents import documents
-from xlstm_jax.cells.mlstm.pallas_gpu import pallas_gpu
-from xlstm_jax.cells.mlstm.state import empty_state
+from xlstm_jax.cells.mlstm import mlstm
 from xlstm_jax.plan import machines
 
 
 def main(key_dim: int, value_dim: int, options: set[str]) -> None:
-  batch, time, heads = 2, 1024, 2
+  devices = machines.machine(
+    "h200:4" if "mesh" in options else "h200:1"
+  ).devices
+  mesh = sharding.make_mesh(sharding.MeshConfig(), devices)
+  batch, time, heads = 2 * len(devices), 1024, 2
   if "large" in options:
     batch, time, heads = 32, 2048, 384 // key_dim
 
   def forward(q, k, v, i, f):
-    state = empty_state(batch, heads, key_dim, value_dim, jnp.float32)
-    h, _ = pallas_gpu(
-      q,
-      k,
-      v,
-      i,
-      f,
-      documents(None, state.segment_B, time),
-      state,
-      stabilize=True,
-      normalize="plain" not in options,
-      eps=1e-6,
-    )
+    gates = {"i_BTH": i, "f_BTH": f}
+    normalize = "plain" not in options
+    h, _ = mlstm(q, k, v, **gates, normalize=normalize, backend="pallas_gpu")
     return h
 
   def both(q, k, v, i, f, dh):
     h, backward = jax.vjp(forward, q, k, v, i, f)
     return h, backward(dh)
 
-  mesh = sharding.make_mesh(
-    sharding.MeshConfig(), machines.machine("h200:1").devices
-  )
+  rows = PartitionSpec("data")
+  if "mesh" in options:
+    both = jax.shard_map(both, mesh=mesh, in_specs=rows, out_specs=rows)
 
   def array(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(
-      shape, dtype, sharding=sharding.replicated(mesh)
+      shape, dtype, sharding=NamedSharding(mesh, rows)
     )
 
   dims = (key_dim, key_dim, value_dim, value_dim)

@@ -69,22 +69,25 @@ def test_rows_of_vmap_are_rows_of_the_kernel(kernel, interpret):
   assert set(traced) == {interpret}
 
 
+@pytest.mark.parametrize("check_vma", [False, True])
 @pytest.mark.parametrize("remat", [False, True])
-def test_on_a_mesh_every_device_runs_the_kernel(kernel, remat):
+def test_on_a_mesh_every_device_runs_the_kernel(kernel, remat, check_vma):
   product, traced = kernel
   mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
   x, y = example(8)
   spec = PartitionSpec("data")
 
   def of(x, y):
-    return product(x, others={"y": y}, power=2)["product"]
+    found = product(x, others={"y": y}, power=2)["product"]
+    assert jax.typeof(found).mat == jax.typeof(x).mat
+    return found
 
   shared = jax.shard_map(
     jax.checkpoint(of) if remat else of,
     mesh=mesh,
     in_specs=spec,
     out_specs=spec,
-    check_vma=False,
+    check_vma=check_vma,
   )
   with jax.set_mesh(mesh):
     np.testing.assert_allclose(jax.jit(shared)(x, y), x * y**2, rtol=1e-6)

@@ -231,7 +231,7 @@ def each_row(both):
   return mapped
 
 
-def on_a_mesh(both):
+def on_a_mesh(both, *, check_vma=True):
   """As `both`, in shard_map: the four rows over the devices there are."""
   devices = jax.devices()[: math.gcd(4, jax.device_count())]
   mesh = jax.make_mesh(
@@ -242,15 +242,22 @@ def on_a_mesh(both):
   )
   spec = jax.sharding.PartitionSpec("data")
   return jax.shard_map(
-    both, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+    both, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma
   )
 
 
-@pytest.mark.parametrize("transformed", ["vmap", "remat", "shard_map"])
+NATIVE = [Form("recurrent"), Form("parallel"), Form("chunkwise", 16)]
+
+
 @pytest.mark.parametrize(
-  "form",
-  [Form("recurrent"), Form("parallel"), Form("chunkwise", 16), *KERNELS],
-  ids=str,
+  ("form", "transformed"),
+  [
+    pytest.param(form, transformed, id=f"{form}-{transformed}")
+    for form in [*NATIVE, *KERNELS]
+    for transformed in ("vmap", "remat", "shard_map", "shard_map-unchecked")
+    # Kernels with that check are compiled, in test_pallas_gpu.py.
+    if form in NATIVE or transformed != "shard_map"
+  ],
 )
 def test_transformations_change_nothing(form, transformed):
   x = case("normal", 67, form.dims)
@@ -270,6 +277,7 @@ def test_transformations_change_nothing(form, transformed):
     "vmap": each_row(both),
     "remat": functools.partial(both, wrapped=jax.checkpoint),
     "shard_map": on_a_mesh(both),
+    "shard_map-unchecked": on_a_mesh(both, check_vma=False),
   }[transformed]
   for got, expected in zip(
     jax.jit(other)(*arrays), jax.jit(both)(*arrays), strict=True

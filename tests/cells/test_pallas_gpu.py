@@ -327,6 +327,7 @@ def compiled(options: str) -> str:
     # Without the normaliser some values are constants, which cannot be stored
     # as they are.
     ("64 128 plain", 0),
+    ("64 128 mesh", 0),
     ("96 192", 0),
     ("128 256", 20),
     ("256 512", 40),

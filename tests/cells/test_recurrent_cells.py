@@ -10,6 +10,7 @@ import ml_dtypes
 import mlstm_contract
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from xlstm_jax.cells import lstm, recurrence, slstm
 from xlstm_jax.cells.bound import excess
@@ -293,6 +294,34 @@ def test_no_segments_and_no_state(cell):
     assert_equal(run(None, warm), run(same, warm))
     assert_equal(run(None, empty), run(None, None))
     assert_equal(run(None, None)[1].segment_B, np.array([1]))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_on_a_mesh_gradients_of_matrices_are_sums_over_devices(cell):
+  """Of matrices that all devices share; their rows start with no state."""
+  x, R, b, segments, _ = inputs(cell)
+  dy = case(cell, "normal").dy
+  mesh = jax.make_mesh(
+    (4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4]
+  )
+  rows, shared = PartitionSpec("data"), PartitionSpec()
+
+  def both(x, R, b, segments, dy):
+    def y(x, R, b):
+      return CELLS[cell][1](x, R, b, segments_BT=segments)[0]
+
+    found, back = jax.vjp(y, x, R, b)
+    return found, *back(dy)
+
+  on_mesh = jax.shard_map(
+    both,
+    mesh=mesh,
+    in_specs=(rows, shared, shared, rows, rows),
+    out_specs=(rows, rows, shared, shared),
+  )
+  with jax.enable_x64(True):
+    results = [compiled.jit(f)(x, R, b, segments, dy) for f in (on_mesh, both)]
+  assert_equal(*results, 1e-12)
 
 
 @pytest.mark.parametrize("gate", ["normal", "mixed=100", "i=100"])

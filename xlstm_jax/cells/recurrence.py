@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from xlstm_jax.cells.documents import documents
 from xlstm_jax.cells.precision import accumulator, product
+from xlstm_jax.cells.varying import alike
 
 # The numbers of a state without its segment, y first: zeros are the past of
 # a document's first token.
@@ -39,6 +40,9 @@ def run(
   Matrix products have operands in the type of R, all else is in the
   accumulator type.
   """
+  x_BTGHD, R_GHDE, b_GHD, segments_BT, units, segment_B = alike(
+    x_BTGHD, R_GHDE, b_GHD, segments_BT, units, segment_B
+  )
   wide = accumulator(jnp.promote_types(x_BTGHD.dtype, R_GHDE.dtype))
   tokens = documents(segments_BT, segment_B, x_BTGHD.shape[1])
   real_TBHD, start_TBHD = (

@@ -22,6 +22,7 @@ from xlstm_jax.cells.mlstm.parallel import Tokens, parallel, update
 from xlstm_jax.cells.mlstm.recurrent import recurrent
 from xlstm_jax.cells.mlstm.state import State, empty_state
 from xlstm_jax.cells.precision import accumulator
+from xlstm_jax.cells.varying import alike
 from xlstm_jax.errors import UserError
 
 # Every form takes what `mlstm` passes on; one without chunks ignores `chunk`.
@@ -91,6 +92,9 @@ def mlstm(
   if state is None:
     batch, _, heads, key_dim = q_BTHK.shape
     state = empty_state(batch, heads, key_dim, v_BTHV.shape[-1], wide)
+  q_BTHK, k_BTHK, v_BTHV, i_BTH, f_BTH, segments_BT, state = alike(
+    q_BTHK, k_BTHK, v_BTHV, i_BTH, f_BTH, segments_BT, state
+  )
   C_BHKV, n_BHK, m_BH = (x.astype(wide) for x in state[:3])
   state = State(C_BHKV, n_BHK, m_BH, state.segment_B)
   if axis_name is not None:

@@ -15,6 +15,8 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
+from xlstm_jax.cells.varying import alike
+
 PLATFORM = "cuda"
 
 
@@ -50,7 +52,9 @@ def lowered_once(*static: str) -> Callable[[Callable], Callable]:
       if dict(options).get("interpret"):
         return function(tree, options)(*leaves)
       shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
-      return exported(tree, options, *shapes).call(*leaves)
+      results = exported(tree, options, *shapes).call(*leaves)
+      # What is exported does not tell over which axes of a mesh it varies.
+      return alike(results, leaves)[0]
 
     @functools.wraps(kernel)
     def call(*args, **kwargs):
