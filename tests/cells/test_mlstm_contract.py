@@ -246,18 +246,13 @@ def on_a_mesh(both, *, check_vma=True):
   )
 
 
-NATIVE = [Form("recurrent"), Form("parallel"), Form("chunkwise", 16)]
-
-
 @pytest.mark.parametrize(
-  ("form", "transformed"),
-  [
-    pytest.param(form, transformed, id=f"{form}-{transformed}")
-    for form in [*NATIVE, *KERNELS]
-    for transformed in ("vmap", "remat", "shard_map", "shard_map-unchecked")
-    # Kernels with that check are compiled, in test_pallas_gpu.py.
-    if form in NATIVE or transformed != "shard_map"
-  ],
+  "transformed", ["vmap", "remat", "shard_map", "shard_map-unchecked"]
+)
+@pytest.mark.parametrize(
+  "form",
+  [Form("recurrent"), Form("parallel"), Form("chunkwise", 16), *KERNELS],
+  ids=str,
 )
 def test_transformations_change_nothing(form, transformed):
   x = case("normal", 67, form.dims)

@@ -16,7 +16,8 @@ def alike[*Trees](*trees: *Trees) -> tuple[*Trees]:
   )
 
   def vary(x):
-    missing = varying - jax.typeof(x).mat.varying
-    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+    # Sorted, for every process has to make the same program.
+    missing = tuple(sorted(varying - jax.typeof(x).mat.varying))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
   return jax.tree.map(vary, trees)

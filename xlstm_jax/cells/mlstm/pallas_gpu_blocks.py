@@ -15,7 +15,7 @@ TABLE = pathlib.Path(__file__).with_suffix(".json")
 
 
 class Blocks(NamedTuple):
-  """Sizes of parts; the largest where none were timed.
+  """Sizes of parts; the largest where the table has none.
 
   Attributes:
     chunk: tokens of a chunk.
