@@ -1,9 +1,11 @@
 """The mLSTM as masked attention: all pairs of tokens at once."""
 
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from xlstm_jax.cells.documents import Documents
 from xlstm_jax.cells.mlstm.gates import (
@@ -20,7 +22,7 @@ from xlstm_jax.cells.mlstm.state import (
   with_constant_scale,
   with_own_scale,
 )
-from xlstm_jax.cells.precision import product
+from xlstm_jax.cells.precision import multiplied, product
 
 
 class Tokens(NamedTuple):
@@ -83,9 +85,7 @@ def outputs(
   log_past_BTH = jnp.where(continues_BT1, log_past_BTH, -jnp.inf)
   past_BTH = scale * jnp.exp(log_past_BTH)
 
-  Cq_BTHV = past_BTH[..., None] * product(
-    "BTHK,BHKV->BTHV", q, state.C_BHKV, dtype
-  )
+  Cq_BTHV = read(past_BTH, q, state.C_BHKV, dtype)
   nq_BTH = past_BTH * jnp.sum(q * state.n_BHK[:, None], axis=-1)
   return readout(
     Cq_BTHV + product("BHTS,BSHV->BTHV", w_BHTS, v, dtype),
@@ -93,6 +93,7 @@ def outputs(
     m_BTH,
     normalize=normalize,
     eps=eps,
+    dtype=dtype,
   )
 
 
@@ -115,9 +116,9 @@ def update(
   # Padding alone has m = -inf: it adds 0 in any scale.
   scale_BH = jnp.where(m_BH == -jnp.inf, 0, constant(m_BH))
   w_BTH = jnp.exp(log_w_BTH - scale_BH[:, None])
-  wk_BTHK = w_BTH[..., None] * k.astype(wide)
-  C_BHKV = product("BTHK,BTHV->BHKV", wk_BTHK, v.astype(wide), v.dtype)
-  return Update(decay_BH, C_BHKV, jnp.sum(wk_BTHK, axis=1), m_BH)
+  k, v, dtype = k.astype(wide), v.astype(wide), v.dtype
+  n_BHK = jnp.sum(w_BTH[..., None] * k, axis=1)
+  return Update(decay_BH, write(w_BTH, k, v, dtype), n_BHK, m_BH)
 
 
 def updated(state: State, update: Update) -> State:
@@ -132,6 +133,61 @@ def updated(state: State, update: Update) -> State:
     m_BH,
     state.segment_B,
   )
+
+
+# Where few tokens rule the memory, C^T q and n^T q cancel together, and so do
+# their gradients. n is not rounded, so C is multiplied in two parts: rounded to
+# bfloat16, what it loses would be all of h where n^T q is small.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def read(
+  scale_BTH: Float[Array, "B T H"],
+  x_BTHK: Float[Array, "B T H K"],
+  state_BHKV: Float[Array, "B H K V"],
+  dtype: DTypeLike,
+) -> Float[Array, "B T H V"]:
+  """scale x^T state, for tokens x in `dtype` and a wide state."""
+  product_BTHV = multiplied(
+    "BTHK,BHKV->BTHV", x_BTHK, state_BHKV, dtype, parts=(1, 2)
+  )
+  return scale_BTH[..., None] * product_BTHV
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def write(
+  scale_BTH: Float[Array, "B T H"],
+  x_BTHK: Float[Array, "B T H K"],
+  y_BTHV: Float[Array, "B T H V"],
+  dtype: DTypeLike,
+) -> Float[Array, "B H K V"]:
+  """The sum of scale x y^T over tokens x and y in `dtype`."""
+  scaled_BTHK = scale_BTH[..., None] * x_BTHK
+  return multiplied("BTHK,BTHV->BHKV", scaled_BTHK, y_BTHV, dtype, parts=(2, 1))
+
+
+def _read_backward(dtype, kept, dz_BTHV):
+  scale_BTH, x_BTHK, state_BHKV = kept
+  unscaled_BTHK = read(jnp.ones_like(scale_BTH), dz_BTHV, state_BHKV.mT, dtype)
+  return (
+    jnp.sum(x_BTHK * unscaled_BTHK, axis=-1),
+    scale_BTH[..., None] * unscaled_BTHK,
+    write(scale_BTH, x_BTHK, dz_BTHV, dtype),
+  )
+
+
+def _write_backward(dtype, kept, dstate_BHKV):
+  scale_BTH, x_BTHK, y_BTHV = kept
+  unscaled_BTHK = read(jnp.ones_like(scale_BTH), y_BTHV, dstate_BHKV.mT, dtype)
+  return (
+    jnp.sum(x_BTHK * unscaled_BTHK, axis=-1),
+    scale_BTH[..., None] * unscaled_BTHK,
+    read(scale_BTH, x_BTHK, dstate_BHKV, dtype),
+  )
+
+
+read.defvjp(lambda *args: (read(*args), args[:3]), _read_backward)
+write.defvjp(lambda *args: (write(*args), args[:3]), _write_backward)
 
 
 def composed(first: Update, second: Update) -> Update:

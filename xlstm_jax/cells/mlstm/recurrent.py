@@ -46,6 +46,7 @@ def step(
     m,
     normalize=normalize,
     eps=eps,
+    dtype=m.dtype,
   )
   return State(C, n, m, state.segment_B), h
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from xlstm_jax.cells.precision import quotient
+
 
 class State(NamedTuple):
   """What an mLSTM keeps of its past: C and n are scaled by exp(-m).
@@ -74,11 +76,13 @@ def readout(
   *,
   normalize: bool,
   eps: float,
+  dtype: DTypeLike,
 ) -> Float[Array, "*tokens H V"]:
   """h from C^T q and n^T q, both scaled by exp(-g), g = `reading_scale(m)`.
 
   This is C^T q / (max(|n^T q|, exp(-m)) + eps), where C and n are scaled by
-  exp(-m), numerator and denominator times exp(m - g).
+  exp(-m), numerator and denominator times exp(m - g). The numerator is made by
+  products of operands in `dtype`.
   """
   g_H = reading_scale(m_H)
   if not normalize:
@@ -89,4 +93,4 @@ def readout(
   floor_H = jnp.maximum(jnp.exp(-g_H), smallest)
   size_H = jnp.where(size_H > floor_H, size_H, floor_H)
   denominator_H = size_H + eps * jnp.exp(m_H - g_H)
-  return numerator_HV / denominator_H[..., None]
+  return quotient(numerator_HV, denominator_H, dtype)
