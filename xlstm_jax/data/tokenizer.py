@@ -36,12 +36,22 @@ _MAX_FILE_BYTES = 512 * 2**20
 class StreamDecoder:
   """Turns ids that arrive one by one into text, never half a character.
 
-  What `feed` and the final `flush` return adds up to `decode` of all ids.
+  The text of `prompt`, what `feed` returns and the final `flush` add up to
+  `decode` of all ids, wherever the text of the first ids begins that of more.
+  It does not where a decoder spells bytes that are no character: then the ids
+  that arrived since the last text are shown as they are spelled alone.
+
+  Args:
+    tokenizer: of the ids.
+    prompt: the ids before the first one that arrives.
   """
 
-  def __init__(self, tokenizer: "Tokenizer"):
+  def __init__(self, tokenizer: "Tokenizer", prompt: Iterable[int] = ()):
     self._tokenizer = tokenizer
-    self._shown: list[int] = []
+    # The last ids that have a text alone, and the ids that are decoded along.
+    self._anchor: list[int] = list(prompt)
+    self._before = self._anchor
+    self._text_before = tokenizer.decode(self._before)
     self._pending: list[int] = []
 
   def feed(self, token: int) -> str:
@@ -55,14 +65,25 @@ class StreamDecoder:
     return self._show(self._new_text())
 
   def _new_text(self) -> str:
-    # Some decoders treat the first token differently (a leading space), so
-    # the tokens shown last are decoded along.
-    before = self._tokenizer.decode(self._shown)
-    return self._tokenizer.decode(self._shown + self._pending)[len(before) :]
+    # What a token adds depends on where it stands: decoders strip spaces at the
+    # beginning, join pieces of words and drop repetitions. So it is decoded
+    # after the ids before it.
+    whole = self._tokenizer.decode(self._before + self._pending)
+    if whole.startswith(self._text_before):
+      return whole[len(self._text_before) :]
+    return self._tokenizer.decode(self._pending)
 
   def _show(self, text: str) -> str:
     if text:
-      self._shown, self._pending = self._pending, []
+      alone = self._tokenizer.decode(self._pending)
+      # What a decoder strips at the beginning of a text may be all that these
+      # ids have: alone they would leave more for it to strip.
+      if alone:
+        self._anchor = self._before = self._pending
+      else:
+        self._before = self._anchor + self._pending
+      self._text_before = alone or self._tokenizer.decode(self._before)
+      self._pending = []
     return text
 
 
@@ -115,9 +136,9 @@ class Tokenizer(abc.ABC):
   def decode(self, tokens: Iterable[int]) -> str:
     """The text of these ids; end-of-text has none, broken UTF-8 is U+FFFD."""
 
-  def stream(self) -> StreamDecoder:
-    """A decoder for ids that arrive one by one."""
-    return StreamDecoder(self)
+  def stream(self, prompt: Iterable[int] = ()) -> StreamDecoder:
+    """A decoder for ids that arrive one by one, after those of a prompt."""
+    return StreamDecoder(self, prompt)
 
   def save(self, directory: str | os.PathLike[str]) -> None:
     """Writes what `load(directory)` needs."""
@@ -199,6 +220,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
   def decode(self, tokens: Iterable[int]) -> str:
     kept = [int(t) for t in tokens if t != self.end_of_text]
+    if not kept:
+      # Of no tokens at all, a decoder that strips at the end panics.
+      return ""
     with _explained("the tokenizer failed on ids"):
       return self._tokenizer.decode(kept, skip_special_tokens=False)
 
