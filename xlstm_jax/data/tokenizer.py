@@ -136,6 +136,10 @@ class Tokenizer(abc.ABC):
   def decode(self, tokens: Iterable[int]) -> str:
     """The text of these ids; end-of-text has none, broken UTF-8 is U+FFFD."""
 
+  @abc.abstractmethod
+  def plain_file(self) -> bytes:
+    """A `tokenizer.json` that gives the ids of `encode` wherever it is read."""
+
   def stream(self, prompt: Iterable[int] = ()) -> StreamDecoder:
     """A decoder for ids that arrive one by one, after those of a prompt."""
     return StreamDecoder(self, prompt)
@@ -167,6 +171,18 @@ class ByteTokenizer(Tokenizer):
     data = bytes(int(t) for t in tokens if t != self.end_of_text)
     return data.decode("utf-8", errors="replace")
 
+  def plain_file(self) -> bytes:
+    vocab = {char: byte for byte, char in enumerate(_byte_chars())}
+    tokenizer = tokenizers.Tokenizer(
+      models.BPE({**vocab, TRAINED_END_OF_TEXT: self.end_of_text}, [])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+      add_prefix_space=False, use_regex=False
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([TRAINED_END_OF_TEXT])
+    return tokenizer.to_str(pretty=True).encode()
+
 
 class HuggingFaceTokenizer(Tokenizer):
   """A `tokenizer.json`, used for text only.
@@ -188,10 +204,10 @@ class HuggingFaceTokenizer(Tokenizer):
     self._data = data
     content = files.parse_json(data, path)
     name, self.end_of_text = _find_end_of_text(
-      _build(content, path), path, end_of_text
+      build(content, path), path, end_of_text
     )
     self._end_of_text_name = name
-    self._tokenizer = _build(_as_special(content, name), path)
+    self._tokenizer = build(_as_special(content, name), path)
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     self._tokenizer.encode_special_tokens = True
@@ -225,6 +241,18 @@ class HuggingFaceTokenizer(Tokenizer):
       return ""
     with _explained("the tokenizer failed on ids"):
       return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+  def plain_file(self) -> bytes:
+    """The file itself, where nothing in it is ignored here."""
+    content = json.loads(self._data)
+    plain = _as_special(content, self._end_of_text_name)
+    plain |= {"truncation": None, "padding": None}
+    if self._tokenizer.num_special_tokens_to_add(is_pair=False):
+      plain["post_processor"] = None
+    # What is null, empty or missing is the same.
+    if _filled(plain) == _filled(content):
+      return self._data
+    return json.dumps(plain).encode()
 
   def save(self, directory: str | os.PathLike[str]) -> None:
     files.write_atomically(Path(directory) / HUGGING_FACE_FILE, self._data)
@@ -322,7 +350,8 @@ def _load_saved(directory: Path) -> Tokenizer:
   return tokenizer
 
 
-def _build(content: Any, path: Path) -> tokenizers.Tokenizer:
+def build(content: Any, path: Path) -> tokenizers.Tokenizer:
+  """What `tokenizers` makes of a `tokenizer.json`; a UserError if nothing."""
   with _explained(f"{path} is not a usable tokenizer.json"):
     return tokenizers.Tokenizer.from_str(json.dumps(content))
 
@@ -367,3 +396,14 @@ def _as_special(content: Any, name: str) -> Any:
     for token in content.get("added_tokens") or []
   ]
   return {**content, "added_tokens": added}
+
+
+def _filled(content: dict[str, Any]) -> dict[str, Any]:
+  return {name: value for name, value in content.items() if value}
+
+
+def _byte_chars() -> list[str]:
+  """The character that byte-level tokenizers write for each byte (GPT-2)."""
+  shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = iter(range(256, 512))
+  return [chr(b if b in shown else next(others)) for b in range(256)]
