@@ -201,6 +201,23 @@ def test_text_behind_a_prompt(
   assert text == shown
 
 
+@pytest.mark.parametrize(
+  ("name", "drawn", "shown"),
+  [
+    ("Metaspace", ["▁dog"], " dog"),
+    ("WordPiece", ["qu", "##s"], " qus"),
+    ("ByteLevel", ["Ġa"], " a"),
+    ("none", ["qu"], " qu"),
+  ],
+)
+def test_text_behind_one_that_is_not_given(
+  name: str, drawn: list[str], shown: str
+):
+  stream = with_decoder(name).stream()
+  text = "".join(map(stream.feed, map(PIECES.index, drawn))) + stream.flush()
+  assert text == shown
+
+
 def test_the_stream_decodes_few_ids_at_a_time(monkeypatch: pytest.MonkeyPatch):
   """Also of ids whose text would be stripped if they stood alone."""
   tokens = with_decoder("Metaspace")

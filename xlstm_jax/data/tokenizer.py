@@ -46,7 +46,7 @@ class StreamDecoder:
     prompt: the ids before the first one that arrives.
   """
 
-  def __init__(self, tokenizer: "Tokenizer", prompt: Iterable[int] = ()):
+  def __init__(self, tokenizer: "Tokenizer", prompt: Iterable[int]):
     self._tokenizer = tokenizer
     # The last ids that have a text alone, and the ids that are decoded along.
     self._anchor: list[int] = list(prompt)
@@ -140,8 +140,16 @@ class Tokenizer(abc.ABC):
   def plain_file(self) -> bytes:
     """A `tokenizer.json` that gives the ids of `encode` wherever it is read."""
 
-  def stream(self, prompt: Iterable[int] = ()) -> StreamDecoder:
-    """A decoder for ids that arrive one by one, after those of a prompt."""
+  def stream(self, prompt: Iterable[int] | None = None) -> StreamDecoder:
+    """A decoder for ids that arrive one by one.
+
+    Args:
+      prompt: the ids before them, empty at the beginning of a text; None where
+        they are some text's, which ended with a word.
+    """
+    if prompt is None:
+      tokens, lengths = self.encode_documents([b"a"])
+      prompt = tokens[: max(lengths[0], 0)]
     return StreamDecoder(self, prompt)
 
   def save(self, directory: str | os.PathLike[str]) -> None:
