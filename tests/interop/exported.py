@@ -283,7 +283,8 @@ def make(folder: pathlib.Path) -> dict[str, list[str]]:
     target = folder / "tokenizers" / name
     target.mkdir(parents=True)
     ids = dict.fromkeys(large.TOKEN_IDS, tokenizer.end_of_text)
-    tokenizer_files.export(target, tokenizer, {}, ids)
+    found = tokenizer_files.exported(tokenizer, {}, ids)
+    tokenizer_files.save(target, tokenizer, found)
     content = {"model_type": "xlstm", **ids}
     (target / hf.CONFIG).write_text(json.dumps(content))
   return told

@@ -434,6 +434,16 @@ def test_files_without_a_tokenizer_json_are_kept_too(tmp_path, copied):
   assert any("no tokenizer" in sentence for sentence in told)
 
 
+def test_a_damaged_tokenizer_of_the_import_leaves_no_export(tmp_path, copied):
+  """A byte tokenizer does not read it; transformers would."""
+  tokenizers.ByteTokenizer().save(copied)
+  (copied / "tokenizer.json").write_text("{}")
+  hf.import_folder(copied, tmp_path / "workdir")
+  with pytest.raises(UserError, match="not a usable"):
+    hf.export_folder(tmp_path / "workdir", tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
 def test_an_import_without_a_tokenizer_config_gets_one(tmp_path, copied):
   """Of the ids that its config.json gives, where the tokenizer has them."""
   with_tokenizer(copied, bos_token_id=5, eos_token_id=[0, 6], pad_token_id=None)

@@ -125,6 +125,12 @@ def export_folder(
     content |= dict.fromkeys(large.TOKEN_IDS, tokenizer.end_of_text)
     names = (*large.TOKEN_IDS, "use_cache")
     generation = {name: content[name] for name in names}
+  found = tokenizer_files.exported(
+    tokenizer,
+    tokenizer_files.read(source / tokenizer_files.KEPT) if as_imported else {},
+    content,
+  )
+  told = tokenizer_files.outside(found, content, run.model.vocab_size)
   params = workdir.restore(source, run, step)
   target.mkdir(parents=True, exist_ok=True)
   write_tensors(
@@ -135,16 +141,10 @@ def export_folder(
     weight_mode=weight_mode,
     max_shard_bytes=max_shard_bytes,
   )
-  found = tokenizer_files.export(
-    target,
-    tokenizer,
-    tokenizer_files.read(source / tokenizer_files.KEPT) if as_imported else {},
-    content,
-  )
+  tokenizer_files.save(target, tokenizer, found)
   if generation:
     tensor_files.write_json(target / GENERATION, generation)
   tensor_files.write_json(target / CONFIG, content)
-  told = tokenizer_files.outside(found, content, run.model.vocab_size)
   if tokenizer is None:
     told.append(f"{source} has no tokenizer to export.")
   if cache is not None:

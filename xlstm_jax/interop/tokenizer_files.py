@@ -57,36 +57,45 @@ def write(folder: pathlib.Path, found: Mapping[str, bytes]) -> None:
     files.write_atomically(path, data)
 
 
-def export(
-  target: pathlib.Path,
+def exported(
   tokenizer: tokenizers.Tokenizer | None,
   kept: Mapping[str, bytes],
   ids: Mapping[str, Any],
 ) -> dict[str, bytes]:
-  """Writes the tokenizer of a checkpoint folder.
+  """What an export holds for transformers, as `read` returns it.
 
   Args:
-    target: an existing folder.
     tokenizer: of the model; None for none.
     kept: files of the folder that the model and its tokenizer are from.
     ids: the model's `config.json`, which names ids of special tokens.
 
-  Returns:
-    What was written for transformers.
+  Raises:
+    UserError: a kept `tokenizer.json` is damaged.
   """
-  found = dict(kept)
-  if tokenizer is not None:
-    found.setdefault(tokenizers.HUGGING_FACE_FILE, tokenizer.plain_file())
-    found.setdefault(CONFIG, _config(found[tokenizers.HUGGING_FACE_FILE], ids))
-    # Its own tokenizer.json, if it has one, and its identity.
-    tokenizer.save(target)
-    path = target / tokenizers.HUGGING_FACE_FILE
-    if path.exists() and path.read_bytes() != found[path.name]:
-      (target / TRAINING).mkdir()
-      tokenizer.save(target / TRAINING)
-      (target / tokenizers.SPEC_FILE).unlink()
-  write(target, found)
+  if tokenizer is None:
+    return dict(kept)
+  found = {tokenizers.HUGGING_FACE_FILE: tokenizer.plain_file(), **kept}
+  if CONFIG not in found:
+    found[CONFIG] = _config(found[tokenizers.HUGGING_FACE_FILE], ids)
   return found
+
+
+def save(
+  target: pathlib.Path,
+  tokenizer: tokenizers.Tokenizer | None,
+  found: Mapping[str, bytes],
+) -> None:
+  """Writes what `exported` returned, and for imports the tokenizer itself."""
+  write(target, found)
+  if tokenizer is None:
+    return
+  path = target / tokenizers.HUGGING_FACE_FILE
+  tokenizer.save(target)
+  if path.read_bytes() != found[path.name]:
+    write(target, found)
+    (target / tokenizers.SPEC_FILE).unlink()
+    (target / TRAINING).mkdir()
+    tokenizer.save(target / TRAINING)
 
 
 def _config(data: bytes, ids: Mapping[str, Any]) -> bytes:
@@ -137,7 +146,7 @@ def outside(
   if tokenizers.HUGGING_FACE_FILE not in found:
     return told
   _, known = _parsed(found[tokenizers.HUGGING_FACE_FILE])
-  size = 1 + max(known.get_vocab(with_added_tokens=True).values())
+  size = 1 + max(known.get_vocab(with_added_tokens=True).values(), default=-1)
   if size > vocab_size:
     told.append(
       f"The tokenizer has {size} ids, but the model only {vocab_size}: {ends}."
