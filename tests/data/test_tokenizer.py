@@ -187,6 +187,7 @@ def test_a_prompt_and_the_stream_behind_it_add_up_to_the_whole(name: str):
     ("BPEDecoder", ["fox</w>"], ["qu", "fox</w>"], " qufox"),
     ("CTC", ["a"], ["a", "<pad>", "a"], "a"),
     ("none", ["a"], ["a"], " a"),
+    ("two spaces stripped", ["a"], ["▁", "▁", "a"], "  a"),
     # Nothing stands before it.
     ("Llama", [], ["▁the", "▁dog"], "the dog"),
     # Bytes that are no character, after one that is.
