@@ -369,6 +369,13 @@ def test_ids_that_a_folder_leaves_to_upstream_are_left_to_it(tmp_path, copied):
   assert ours["pad_token_id"] == 1
 
 
+@pytest.mark.parametrize("id", [-1, 2**32])
+def test_an_end_of_text_that_no_tokenizer_has_is_named(tmp_path, copied, id):
+  with_tokenizer(copied, eos_token_id=id)
+  with pytest.raises(UserError, match=f"no token of id {id} to end a text"):
+    hf.import_folder(copied, tmp_path / "workdir")
+
+
 def test_an_unusable_tokenizer_is_named(tmp_path, copied):
   (copied / "tokenizer.json").write_text("{}")
   with pytest.raises(UserError, match=r"tokenizer.json is not a .*tokenizer"):
@@ -482,6 +489,7 @@ def test_an_export_imports_with_the_tokenizer_of_the_training_data(tmp_path):
   [
     ({"pad_token_id": 300}, {}, "gives pad_token_id as 300, but the model has"),
     ({"eos_token_id": [0, 97]}, {}, "gives eos_token_id as 97, but the model"),
+    ({"pad_token_id": -1}, {}, "gives pad_token_id as -1, but the model has"),
     ({}, {}, "The tokenizer has 257 ids, but the model only 97"),
     (
       {},
@@ -494,7 +502,9 @@ def test_ids_that_the_model_does_not_have_are_told(
   tmp_path, copied, ids, tokenizer_config, told
 ):
   with_tokenizer(copied, **ids)
-  (copied / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+  if tokenizer_config:
+    path = copied / "tokenizer_config.json"
+    path.write_text(json.dumps(tokenizer_config))
   _, sentences = exported_again(copied, tmp_path)
   assert any(told in sentence for sentence in sentences)
 

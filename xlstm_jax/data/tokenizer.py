@@ -364,6 +364,11 @@ def build(content: Any, path: Path) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
+def name_of(tokenizer: tokenizers.Tokenizer, token: int) -> str | None:
+  """The name of an id, which may be any number; None where it has none."""
+  return tokenizer.id_to_token(token) if 0 <= token < 2**32 else None
+
+
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
   """Around single calls into `tokenizers`, whose errors have no class.
@@ -384,7 +389,7 @@ def _find_end_of_text(
   tokenizer: tokenizers.Tokenizer, path: Path, wanted: str | int | None
 ) -> tuple[str, int]:
   if isinstance(wanted, int):
-    wanted = tokenizer.id_to_token(wanted) or f"of id {wanted}"
+    wanted = name_of(tokenizer, wanted) or f"of id {wanted}"
   for name in END_OF_TEXT_NAMES if wanted is None else (wanted,):
     token = tokenizer.token_to_id(name)
     if token is not None:

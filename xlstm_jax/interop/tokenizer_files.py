@@ -115,9 +115,9 @@ def _config(data: bytes, ids: Mapping[str, Any]) -> bytes:
     "model_input_names": ["input_ids", "attention_mask"],
   }
   for name in large.TOKEN_IDS:
-    names = [known.id_to_token(id) for id in large.token_ids(ids, name)]
-    if names and names[0] is not None:
-      config[name.removesuffix("_id")] = names[0]
+    for id in large.token_ids(ids, name)[:1]:
+      if (token := tokenizers.name_of(known, id)) is not None:
+        config[name.removesuffix("_id")] = token
   # transformers 4 switches it off unless it is asked for here.
   first = content.get("pre_tokenizer") or {}
   if first.get("type") == "ByteLevel" and first.get("add_prefix_space", True):
