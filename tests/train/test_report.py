@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 
 import jax.numpy as jnp
 import pytest
@@ -127,3 +128,24 @@ def test_only_the_first_process_speaks(monkeypatch, capsys):
   monkeypatch.setattr("jax.process_index", lambda: 1)
   run.say("hello")
   assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("known", "told"),
+  [
+    (16, "vocabulary 16\n"),
+    (5, "vocabulary 16, of which the tokenizer has 5\n"),
+  ],
+)
+def test_ids_that_no_text_has_are_told(capsys, known, told):
+  """Their rows of the embedding take memory, and of the head time."""
+  total = types.SimpleNamespace(tokens=100)
+  manifest = types.SimpleNamespace(
+    splits={"train": types.SimpleNamespace(total=total)},
+    tokenizer=types.SimpleNamespace(vocab_size=known),
+  )
+  mesh = types.SimpleNamespace(shape={"data": 1})
+  report.describe(
+    types.SimpleNamespace(cfg=CFG, workdir="w", mesh=mesh, manifests=[manifest])
+  )
+  assert told in capsys.readouterr().out

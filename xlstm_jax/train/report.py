@@ -19,10 +19,15 @@ def describe(run: Run) -> None:
   tokens = cfg.batch_size * cfg.data.context
   corpus = sum(m.splits["train"].total.tokens for m in run.manifests)
   mesh = " ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items())
+  # No text has the others; their rows take memory and time all the same.
+  known = run.manifests[0].tokenizer.vocab_size
+  vocabulary = f"vocabulary {cfg.model.vocab_size}"
+  if known < cfg.model.vocab_size:
+    vocabulary += f", of which the tokenizer has {known}"
   say(f"workdir   {run.workdir}")
   say(
     f"model     {metrics.short(counts.parameters(cfg.model))} parameters; "
-    f"{blocks}; width {cfg.model.width}, vocabulary {cfg.model.vocab_size}"
+    f"{blocks}; width {cfg.model.width}, {vocabulary}"
   )
   say(
     f"devices   {jax.device_count()} x {jax.devices()[0].device_kind}; {mesh}"
