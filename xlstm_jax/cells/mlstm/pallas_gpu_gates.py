@@ -160,11 +160,11 @@ def parts_of_states(
   """In how many parts the states between chunks are kept: 1, or 2.
 
   In one part C is rounded to 8 bits, which changes C^T q by 1e-3 of its usual
-  size. n is not rounded. If C is the sum of few tokens, C^T q and n^T q are far
-  smaller for some q: for one q in a thousand by a factor of 1e-3 with one token,
-  of 0.05 with two of equal weight, and of 0.15 with four. Where n^T q then still
-  divides, the rounding of C is all that h is. It does not divide where it is
-  below 1, and so all tokens may be rounded together if they hardly exceed that.
+  size; n is not rounded. If C is the sum of few tokens, C^T q and n^T q are far
+  smaller for some q: for one q in a thousand by a factor of 1e-3 with one
+  token, of 0.05 with two of equal weight, and of 0.15 with four. Where n^T q
+  then still divides, h is what rounding left of C. It does not divide where it
+  is below 1, so nothing is lost where it hardly ever exceeds that.
 
   How many tokens rule is (sum of w^2)^2 / (sum of w^4), over their weights w:
   N of N tokens of equal weight. For n^T q of queries and keys of unit variance

@@ -77,11 +77,11 @@ def outputs(
     )
   else:
     m_BTH = jnp.zeros_like(log_i)
-  g_BTH = reading_scale(m_BTH)
+  g_BTH = reading_scale(m_BTH, dtype)
 
   w_BHTS = jnp.exp(log_w_BHTS - g_BTH.mT[..., None])
   w_BHTS *= scale * product("BTHK,BSHK->BHTS", q, k, dtype)
-  log_past_BTH = since_BTH + constant(state.m_BH)[:, None] - g_BTH
+  log_past_BTH = since_BTH + constant(state.m_BH, dtype)[:, None] - g_BTH
   log_past_BTH = jnp.where(continues_BT1, log_past_BTH, -jnp.inf)
   past_BTH = scale * jnp.exp(log_past_BTH)
 
@@ -114,18 +114,21 @@ def update(
   else:
     m_BH = jnp.zeros_like(since_BH)
   # Padding alone has m = -inf: it adds 0 in any scale.
-  scale_BH = jnp.where(m_BH == -jnp.inf, 0, constant(m_BH))
+  scale_BH = jnp.where(m_BH == -jnp.inf, 0, constant(m_BH, v.dtype))
   w_BTH = jnp.exp(log_w_BTH - scale_BH[:, None])
   k, v, dtype = k.astype(wide), v.astype(wide), v.dtype
   n_BHK = jnp.sum(w_BTH[..., None] * k, axis=1)
   return Update(decay_BH, write(w_BTH, k, v, dtype), n_BHK, m_BH)
 
 
-def updated(state: State, update: Update) -> State:
-  """The state (of constant scale) after an update; its segment is untouched."""
+def updated(state: State, update: Update, dtype: DTypeLike) -> State:
+  """The state (of constant scale) after an update; its segment is untouched.
+
+  `dtype` is that of the products which made the update.
+  """
   m_BH = larger(update.decay_BH + state.m_BH, update.m_BH)
-  keep_BH = jnp.exp(update.decay_BH + constant(state.m_BH - m_BH))
-  add_BH = jnp.exp(constant(update.m_BH - m_BH))
+  keep_BH = jnp.exp(update.decay_BH + constant(state.m_BH - m_BH, dtype))
+  add_BH = jnp.exp(constant(update.m_BH - m_BH, dtype))
   return State(
     keep_BH[..., None, None] * state.C_BHKV
     + add_BH[..., None, None] * update.C_BHKV,
@@ -190,10 +193,12 @@ read.defvjp(lambda *args: (read(*args), args[:3]), _read_backward)
 write.defvjp(lambda *args: (write(*args), args[:3]), _write_backward)
 
 
-def composed(first: Update, second: Update) -> Update:
+def composed(first: Update, second: Update, dtype: DTypeLike) -> Update:
   """What `first` and then `second` do to a state: associative."""
   state = State(*first[1:], segment_B=jnp.zeros(()))
-  return Update(first.decay_BH + second.decay_BH, *updated(state, second)[:3])
+  return Update(
+    first.decay_BH + second.decay_BH, *updated(state, second, dtype)[:3]
+  )
 
 
 def parallel(
@@ -213,9 +218,10 @@ def parallel(
   """`recurrent` with all pairs of tokens at once."""
   del chunk
   tokens = Tokens(q_BTHK, k_BTHK, v_BTHV, log_i_BTH, log_f_BTH, documents.id_BT)
-  state = with_constant_scale(state)
+  state = with_constant_scale(state, q_BTHK.dtype)
   h_BTHV = outputs(
     tokens, state, stabilize=stabilize, normalize=normalize, eps=eps
   )
   change = update(tokens, state.segment_B, stabilize=stabilize)
-  return h_BTHV, with_own_scale(updated(state, change))
+  last = updated(state, change, q_BTHK.dtype)
+  return h_BTHV, with_own_scale(last, q_BTHK.dtype)
