@@ -23,6 +23,7 @@ import re
 import sys
 import threading
 import time
+import urllib.parse
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -31,6 +32,7 @@ import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 from jax._src import distributed
 from jax.experimental import multihost_utils
@@ -564,12 +566,66 @@ def _read_back(folder: epath.Path, name: str, expected: Any) -> None:
     elif not (folder / name / _MANIFEST).exists():
       raise _UnreadableError(f"{name}/{_MANIFEST} is missing")
     else:
-      stored = _stored_shapes(folder / name)
-      differences = _differences(stored, expected)
+      differences = _differences(_stored_shapes(folder / name), expected)
+      differences = differences or _missing_values(folder / name, expected)
   except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
     raise _UnreadableError(f"{name} cannot be read: {error}") from error
   if differences:
     raise _UnreadableError(f"{name} is not what was saved: {differences}")
+
+
+def _missing_values(
+  folder: epath.Path, shapes: Mapping[str, tuple[int, ...]]
+) -> str:
+  """The first array of an item whose values are not all there; "" for none.
+
+  Looks every chunk up as reading would, and asks for the size of its file.
+  """
+  store = tensorstore.KvStore.open({"driver": "file", "path": f"{folder}/"})
+  store = store.result()
+  chunks: dict[str, dict[str, str | bytes]] = {}
+  for key, value in _entries(store):
+    name, _, chunk = key.rpartition("/")
+    chunks.setdefault(name, {})[chunk] = value
+  sizes: dict[str, int] = {}
+  for path, shape in shapes.items():
+    found = chunks.get(path.replace("/", "."), {})
+    grid = found.pop(".zarray", None)
+    if grid is None:
+      return f"{path} is not listed"
+    if isinstance(grid, str):
+      grid = tensorstore.ocdbt.dump(store, node=grid).result()
+    lengths = json.loads(grid)["chunks"]
+    count = math.prod(-(-n // k) for n, k in zip(shape, lengths, strict=True))
+    if len(found) != count:
+      return f"{path} has {len(found)} chunks, not {count}"
+    for value in found.values():
+      if isinstance(value, str):
+        _, base, name, start, length = value.split(":")
+        file = urllib.parse.unquote(base + name)
+        if file not in sizes:
+          sizes[file] = (folder / file).stat().length
+        if sizes[file] < int(start) + int(length):
+          return f"{file} with values of {path} is cut off"
+  return ""
+
+
+def _entries(store: Any) -> Iterator[tuple[str, str | bytes]]:
+  """Keys of an OCDBT database, each with its value or where that lies."""
+  manifest = tensorstore.ocdbt.dump(store).result()
+  nodes = [("", manifest["versions"][-1]["root"]["location"])]
+  while nodes:
+    prefix, location = nodes.pop()
+    node = tensorstore.ocdbt.dump(store, node=location).result()
+    for entry in node["entries"]:
+      key = prefix + entry["key"].decode()
+      if node["height"]:
+        prefix_below = entry["subtree_common_prefix"].decode()
+        nodes.append((prefix + prefix_below, entry["location"]))
+      elif "inline_value" in entry:
+        yield key, entry["inline_value"]
+      else:
+        yield key, entry["indirect_value"]
 
 
 class _UnreadableError(OSError):

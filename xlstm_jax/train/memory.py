@@ -38,7 +38,8 @@ def check(compiled: Any) -> None:
     f"a step takes {takes / 2**30:.2f} GiB of a device's {has / 2**30:.2f} GiB"
   )
   if takes > has:
-    raise UserError(f"The step does not fit: {sentence}. {ADVICE}")
+    message = f"The step does not fit: {sentence}. {ADVICE}"
+    raise UserError(message)
   say(f"memory    {sentence}")
 
 
