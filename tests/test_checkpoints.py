@@ -657,8 +657,10 @@ def test_databases_of_several_levels_are_listed(tmp_path):
   store = tensorstore.KvStore.open(
     {"driver": "ocdbt", "base": base, "config": config}
   ).result()
-  for number in range(300):
-    store[f"blocks.{number}.weight/0"] = b"1" * (number % 20)
+  with tensorstore.Transaction() as writing:
+    for number in range(300):
+      key = f"blocks.{number}.weight/0"
+      store.with_transaction(writing)[key] = b"1" * (number % 20)
   found = dict(_entries(tensorstore.KvStore.open(base).result()))
   listed = [name.decode() for name in store.list().result()]
   assert sorted(found) == sorted(listed)
