@@ -35,7 +35,7 @@ def compiled(definition: Definition, cfg: RunConfig, mesh: Mesh) -> Any:
 
 
 def _compiler_options(cfg: RunConfig, mesh: Mesh) -> dict[str, bool]:
-  if not cfg.compute.deterministic or mesh.devices.flat[0].platform != "gpu":
+  if not cfg.compute.deterministic or _platform(mesh) != "gpu":
     return {}
   # The first forbids atomic sums, as of the embedding's gradient, and the
   # timing of kernels against each other, without which Triton's for matmuls
@@ -44,6 +44,10 @@ def _compiler_options(cfg: RunConfig, mesh: Mesh) -> dict[str, bool]:
     "xla_gpu_deterministic_ops": True,
     "xla_gpu_enable_triton_gemm": False,
   }
+
+
+def _platform(mesh: Mesh) -> str:
+  return mesh.devices.flat[0].platform
 
 
 def abstract_batch(cfg: RunConfig, mesh: Mesh) -> Any:
