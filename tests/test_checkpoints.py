@@ -97,15 +97,12 @@ def test_a_state_returns_on_another_mesh(tmp_path, mesh):
 @pytest.mark.parametrize(
   "name",
   [
-    *(b"slstm_at=[1]", b"a*", b"a?", b"back\\slash", b"{a,b}", b"a blank"),
-    *("\u4e2d\u00e9".encode(), b"no \xff text", b"a\nline"),
+    *(b"slstm_at=[1]", b"back\\slash", b"a* {b,c}?", b"a\nline"),
+    *("\u4e2d\u00e9".encode(), b"no \xff text"),
   ],
 )
 def test_folders_of_any_name_hold_checkpoints(tmp_path, mesh, name):
   folder = tmp_path / os.fsdecode(name) / "c"
-  # What a glob of the name could mean besides.
-  for other in ("slstm_at=1", "ab", "a", "b"):
-    shutil.copytree(SAVING.parent / "goldens" / "hf_tiny", tmp_path / other)
   cfg = CheckpointConfig(keep_latest=1, keep_best=0)
   checkpoints = Checkpoints(folder, cfg)
   for step in (1, 2):
@@ -693,7 +690,9 @@ def test_two_processes_hear_of_a_save_that_failed_in_one(tmp_path):
       "4 None [4]",
     ]
   assert [path.name for path in (tmp_path / "[c] *").iterdir()] == ["4"]
-  assert checksums.problem(epath.Path(tmp_path / "[c] *" / "4")) is None
+  step = tmp_path / "[c] *" / "4"
+  assert checksums.problem(epath.Path(step)) is None
+  assert (step / "params" / "manifest.ocdbt").exists()
 
 
 def test_failed_saves_are_made_again_a_number_of_times(tmp_path, mesh, failing):
