@@ -195,7 +195,9 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path, mesh):
     jax.NamedSharding(mesh, jax.P("fsdp", "tensor")),
   )
   for n in range(5):
-    checkpoints.save(n, {"params": {"x": big}})
+    # As a run whose loss is not finite.
+    progress = {"loss": float("nan"), "none": None, "1": [1.5, float("inf")]}
+    checkpoints.save(n, {"params": {"x": big}, "progress": progress})
     for _ in range(3):
       big = step(big)
   checkpoints.close()

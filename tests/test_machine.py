@@ -114,7 +114,7 @@ def test_memory_of_a_device_that_runs_out_is_told(capsys):
 
 
 def test_memory_of_the_process_that_runs_out_is_told(capsys):
-  told = refused(lambda: print(np.ones(2**60)), capsys)
+  told = refused(lambda: print(np.ones(2**50)), capsys)
   assert told.startswith("error: The machine has no memory left for this pro")
   assert "Unable to allocate" in told
 

@@ -544,11 +544,16 @@ def _problem(
 
 
 def _expected(items: Mapping[str, Tree]) -> dict[str, Any]:
-  """What a step must hold to be restored: shapes, and JSON as it is read."""
+  """What a step must hold to be restored: shapes of arrays, and JSON."""
   return {
-    name: _shapes(tree) if name in _ARRAYS else json.loads(json.dumps(tree))
+    name: _shapes(tree) if name in _ARRAYS else _json(tree)
     for name, tree in items.items()
   }
+
+
+def _json(value: Any) -> str:
+  """As text, in which NaN is equal to itself."""
+  return json.dumps(value, sort_keys=True)
 
 
 def _read_back(folder: epath.Path, name: str, expected: Any) -> None:
@@ -562,13 +567,16 @@ def _read_back(folder: epath.Path, name: str, expected: Any) -> None:
       stored = ocp.JsonCheckpointHandler().restore(
         folder / name, args=ocp.args.JsonRestore()
       )
-      differences = "" if stored == expected else "its content"
+      differences = "" if _json(stored) == expected else "its content"
     elif not (folder / name / _MANIFEST).exists():
       raise _UnreadableError(f"{name}/{_MANIFEST} is missing")
     else:
       differences = _differences(_stored_shapes(folder / name), expected)
       differences = differences or _missing_values(folder / name, expected)
-  except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+  except (
+    *(FileNotFoundError, ValueError, LookupError),
+    *(TypeError, AttributeError),
+  ) as error:
     raise _UnreadableError(f"{name} cannot be read: {error}") from error
   if differences:
     raise _UnreadableError(f"{name} is not what was saved: {differences}")
