@@ -35,6 +35,8 @@ from xlstm_jax.train.run import Run, say
 from xlstm_jax.train.status import Status
 from xlstm_jax.train.watchdog import Watchdog
 
+_NOT_BEGUN = "stopped   before the first step; run again to continue"
+
 
 def train(
   cfg: RunConfig, workdir: epath.PathLike, stopped: Interrupt | None = None
@@ -97,6 +99,10 @@ def train(
     stack.callback(lambda: say(f"goodput   {goodput.line()}"))
     decided = list(rollbacks.read(workdir))
     stack.enter_context(jax.set_mesh(run.mesh))
+    # Several processes stop together, at the first border.
+    if jax.process_count() == 1 and stopped.is_ahead():
+      say(_NOT_BEGUN)
+      return Status.PREEMPTED
     with clock.spent_on(accounting.COMPILE):
       train_step = kernels.checked_step(run)
     end = None
@@ -228,7 +234,7 @@ def _train(
       goodput.give_up()
       return Status.PREEMPTED if interrupted and end is None else end
     if interrupted and at.step == begun:
-      say("stopped   before the first step; run again to continue")
+      say(_NOT_BEGUN)
       return Status.PREEMPTED
     if interrupted and run.checkpoints.latest() != at.step:
       _save(run, at, scores, clock, goodput)
