@@ -7,6 +7,7 @@ describes what the files do.
 """
 
 import argparse
+import io
 import json
 import math
 import re
@@ -52,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   words = list(sys.argv[1:] if arguments is None else arguments)
   end = words.index("--") if "--" in words else len(words)
   options = _parser().parse_args(words[:end])
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    # It is a file, whatever a terminal could show of it.
+    sys.stdout.reconfigure(encoding="utf-8")
   print(render(options, words[end + 1 :]), end="")
   return 0
 

@@ -13,8 +13,16 @@ import pytest
 import small_7b
 from jax.experimental import pallas as pl
 
+from xlstm_jax import sharding
+from xlstm_jax.config import RunConfig
+from xlstm_jax.data.pipeline import DataConfig
+from xlstm_jax.layers.compute import Compute
 from xlstm_jax.models import counts
+from xlstm_jax.models.config import ModelConfig
+from xlstm_jax.models.language_model import Definition
 from xlstm_jax.plan import machines, program
+from xlstm_jax.train import state as states
+from xlstm_jax.train import step as steps
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SMALL = f"--config={EXPERIMENTS / 'quickstart.py'}"
@@ -177,6 +185,34 @@ def test_64_gpus_of_8_nodes(tmp_path):
   embedding = model.vocab_size * model.width
   sums = 2 * (2 * found["parameters"] + 2 * embedding) / 8
   assert moved["all-reduce"] == pytest.approx(sums, rel=0.02)
+
+
+@for_gpus
+def test_a_deterministic_step_sums_no_gradient_by_atomic_additions():
+  """As that of the embedding is otherwise, in the order in which they come."""
+  machine = machines.machine("h200:1")
+  sorted_by = {}
+  for deterministic in (False, True):
+    compute = Compute(dtype="float32", deterministic=deterministic)
+    cfg = RunConfig(
+      model=ModelConfig(vocab_size=64, width=32, num_blocks=1),
+      data=DataConfig(context=32),
+      compute=compute,
+      batch_size=2,
+    )
+    definition = Definition(cfg.model, compute)
+    mesh = sharding.make_mesh(cfg.mesh, machine.devices)
+    with jax.set_mesh(mesh):
+      lowered = steps.compiled(definition, cfg, mesh).lower(
+        states.abstract(definition, mesh), steps.abstract_batch(cfg, mesh)
+      )
+    lines = lowered.compile().as_text().splitlines()
+    sorted_by[deterministic] = [
+      "indices_are_sorted=true, unique_indices=true" in line
+      for line in lines
+      if " scatter(" in line
+    ]
+  assert sorted_by == {False: [False], True: [True]}
 
 
 @for_gpus

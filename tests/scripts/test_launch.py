@@ -407,6 +407,18 @@ def test_hostile_arguments_arrive_as_they_are(render, tmp_path):
   assert command[-1] == "--process=7"
 
 
+def test_the_file_is_the_same_wherever_stdout_goes(render):
+  words = ["slurm", "--name=first-run", "--nodes=2", "--devices=8"]
+  done = subprocess.run(
+    [sys.executable, SCRIPT, *words, *ENGINE["slurm"], "--", *TRAIN, *HOSTILE],
+    env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    capture_output=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.decode() == render("slurm", train=[*TRAIN, *HOSTILE])
+
+
 def expanded(word):
   """A word of a container's command, as Kubernetes expands it."""
   known = {"HOME": "wrong", "JOB_COMPLETION_INDEX": "7"}

@@ -85,6 +85,31 @@ def test_rates_leave_out_what_is_no_training(log):
   assert "mfu" not in record
 
 
+def test_the_first_step_of_a_process_is_no_part_of_its_rates(log):
+  reports = reports_of(CFG, log, step=2)
+  reports.later(3, 103, measured(2.0))
+  reports.first_took(90.0)
+  for step in (4, 5, 6, 7):
+    reports.later(step, step + 100, measured(2.0))
+  (_, record), (_, after) = log.records
+  # Of steps 3 and 4 the second alone took the four seconds of a lap.
+  assert record["seconds_per_step"] == pytest.approx(4)
+  assert record["tokens_per_second"] == pytest.approx(1 * 4 * 8 / 4)
+  assert record["data_wait"] == pytest.approx(0.1)
+  assert after["seconds_per_step"] == pytest.approx(2)
+
+
+def test_where_there_is_no_other_the_rates_are_of_the_first_step(log):
+  reports = reports_of(CFG, log, step=0)
+  reports.later(1, 101, measured(2.0))
+  reports.first_took(16.0)
+  reports.now()
+  ((_, record),) = log.records
+  assert record["seconds_per_step"] == pytest.approx(16 + 4)
+  assert record["tokens_per_second"] == pytest.approx(1 * 4 * 8 / 20)
+  assert record["data_wait"] == pytest.approx(0.4 / 20)
+
+
 def test_mfu_is_of_all_devices_and_of_bf16(log, monkeypatch):
   monkeypatch.setitem(metrics.PEAK_FLOPS, "cpu", 1e9)
   for dtype in ("bfloat16", "float32"):

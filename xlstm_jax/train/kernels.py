@@ -1,4 +1,4 @@
-"""The mLSTM kernel of a run, and a look at it before it trains."""
+"""The compiled step of a run, and a look at its kernel before it trains."""
 
 import concurrent.futures
 import functools
@@ -11,13 +11,14 @@ from jax.sharding import Mesh
 from xlstm_jax.cells.mlstm import KERNELS, backends, self_test
 from xlstm_jax.config import RunConfig
 from xlstm_jax.sharding import batch_shards
+from xlstm_jax.train import memory
 from xlstm_jax.train import state as states
 from xlstm_jax.train import step as steps
 from xlstm_jax.train.run import Run, say
 
 
 def checked_step(run: Run) -> Any:
-  """The jitted training step, on the current mesh, once its kernel is right.
+  """The compiled training step, on the current mesh, if it fits and is right.
 
   A kernel, whether it was named or "auto" chose it, is compared with the native
   form at the run's shapes on a device. That takes an instant, but the program
@@ -25,19 +26,22 @@ def checked_step(run: Run) -> Any:
   "auto" chose no kernel it says why.
 
   Raises:
-    UserError: they disagree, or the kernel refuses the device or the shapes.
+    UserError: they disagree, the kernel refuses the device or the shapes, or
+      the step takes more memory than a device has.
   """
-  step = steps.compiled(run.definition, run.cfg, run.mesh)
   prepare = _comparison(run)
-  if prepare is None:
-    return step
-  lowered = step.lower(
+  lowered = steps.compiled(run.definition, run.cfg, run.mesh).lower(
     states.abstract(run.definition, run.mesh),
     steps.abstract_batch(run.cfg, run.mesh),
   )
+  if prepare is None:
+    compiled = lowered.compile()
+    memory.check(compiled)
+    return compiled
   with concurrent.futures.ThreadPoolExecutor(1) as thread:
     prepared = thread.submit(prepare)
     compiled = lowered.compile()
+    memory.check(compiled)
     prepared.result()()
   name = backend(run.cfg, run.mesh)
   say(f"kernels   {name} agrees with the native form on this device")
