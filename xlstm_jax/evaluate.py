@@ -216,6 +216,10 @@ def _windows(
     yield {name: np.pad(rows, missing) for name, rows in batch.items()}
 
 
+# Of all tokens, what lanes may take with the waiting for the longest of them.
+_WAITING = 4 / 3
+
+
 class _Lane(NamedTuple):
   """Spans of the stream that a row reads one after the other.
 
@@ -251,14 +255,17 @@ def _lanes(
   """
   sizes = stops - starts
   shards = sharding.batch_shards(mesh)
-  # With more lanes some would wait for the longest span.
-  full = int(sizes.sum() // sizes.max()) // shards * shards
-  rows = min(max(full, shards), batch_size)
+  # With more lanes than these some would wait for the longest span.
+  rows = int(sizes.sum() // sizes.max()) // shards * shards
+  rows = min(max(rows, shards), batch_size)
+  packed, end = _packed(sizes, rows)
+  while rows > shards and rows * end > _WAITING * sizes.sum():
+    rows -= shards
+    packed, end = _packed(sizes, rows)
   lanes = []
-  for spans in _packed(sizes, rows):
+  for spans in packed:
     ends = np.cumsum(sizes[spans])
     lanes.append(_Lane(starts[spans], ends - sizes[spans], ends))
-  end = max(int(lane.ends.max(initial=0)) for lane in lanes)
   length = _even(end, piece * (batch_size // rows), _step(mesh))
   seen = [0] * rows
   for first in range(0, end, length):
@@ -272,8 +279,8 @@ def _lanes(
     yield batch
 
 
-def _packed(sizes: np.ndarray, rows: int) -> list[np.ndarray]:
-  """The numbers of the spans of each lane, in lanes of about equal length.
+def _packed(sizes: np.ndarray, rows: int) -> tuple[list[np.ndarray], int]:
+  """The numbers of the spans of each lane, and the length of the longest lane.
 
   The longest span is placed first, each in the lane that is the shortest yet.
   """
@@ -283,8 +290,8 @@ def _packed(sizes: np.ndarray, rows: int) -> list[np.ndarray]:
     length, lane = shortest[0]
     lane_of[span] = lane
     heapq.heapreplace(shortest, (length + int(sizes[span]), lane))
-  by_lane = np.argsort(lane_of, kind="stable")
-  return np.split(by_lane, np.cumsum(np.bincount(lane_of, minlength=rows))[:-1])
+  borders = np.cumsum(np.bincount(lane_of, minlength=rows))[:-1]
+  return np.split(np.argsort(lane_of, kind="stable"), borders), max(shortest)[0]
 
 
 def _read(
