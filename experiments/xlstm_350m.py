@@ -26,34 +26,22 @@ tokens 11.31, [7:1] 11.37 (all published). Measured: unknown.
 from ml_collections import ConfigDict
 
 from xlstm_jax import config
-from xlstm_jax.data.pipeline import DataConfig
+from xlstm_jax.config import recipes
 from xlstm_jax.layers.compute import Compute
 from xlstm_jax.models import presets
-from xlstm_jax.optim import OptimConfig
+from xlstm_jax.sharding import MeshConfig
+
+MACHINE = "h200:1"
 
 
 def get_config(ratio: str = "1:0") -> ConfigDict:
   """The run; `ratio` is of mLSTM to sLSTM blocks, "1:0" or "7:1"."""
   return config.to_config_dict(
-    config.RunConfig(
-      model=presets.paper("350M", ratio),
-      data=DataConfig(paths=("data/slimpajama",), context=2048),
-      optim=OptimConfig(
-        peak_lr=1e-3,
-        schedule="cosine",
-        warmup_steps=750,
-        final_fraction=0.1,
-        eps=1e-5,
-        weight_decay=0.1,
-        clip_norm=1.0,
-      ),
-      compute=Compute(dtype="bfloat16", remat="block"),
-      steps=30_000,
-      batch_size=256,
-      accumulation=8,
-      loss_chunk=256,
-      eval_every=1000,
-      eval_tokens=2**22,
-      save_every=1000,
+    recipes.slimpajama_15b(
+      presets.paper("350M", ratio),
+      peak_lr=1e-3,
+      mesh=MeshConfig(data=-1),
+      compute=Compute(dtype="bfloat16", remat="none"),
+      accumulation=64,
     )
   )
