@@ -128,25 +128,25 @@ def evaluate_split(
   if context != "document":
     # A window is no longer than the split.
     context = min(context, _multiple(split.tokens, _step(mesh)))
-  carry = context == "document" or context > piece
-  _check_batch(batch_size, piece if carry else context, mesh)
+  length = piece if context == "document" else min(context, piece)
+  _check_batch(batch_size, length, mesh)
   if context == "document":
     if max_tokens is not None:
       raise UserError(
         "A limit of tokens needs windows; with context 'document' whole "
         "documents are scored."
       )
+    carry = True
     stops = np.cumsum(split.document_lengths().astype(np.int64) + 1)
     starts = np.concatenate([[0], stops[:-1]])
+  else:
+    carry = context > piece
+    starts = _window_numbers(split, context, max_tokens) * context
+    stops = np.minimum(starts + context, split.tokens)
+  if carry:
     batches = _lanes(split, starts, stops, batch_size, piece, mesh)
   else:
-    numbers = _window_numbers(split, context, max_tokens)
-    if carry:
-      starts = numbers * context
-      stops = np.minimum(starts + context, split.tokens)
-      batches = _lanes(split, starts, stops, batch_size, piece, mesh)
-    else:
-      batches = _windows(split, numbers, batch_size, context, mesh)
+    batches = _windows(split, starts // length, batch_size, length, mesh)
   nats_S, tokens_S = _sums(
     definition,
     params,
