@@ -205,6 +205,12 @@ def test_long_windows_are_scored_in_pieces(split, fed, batch_size):
   assert {rows * length for rows, length in fed} <= {batch_size * 16}
 
 
+def test_few_documents_fill_few_lanes(split, fed):
+  check(score(split, context="document", batch_size=64, piece=16), "document")
+  # Each of two lanes is as long as the longest document, and rounded up.
+  assert computed(fed) <= 4 / 3 * split.tokens + 2 * 64
+
+
 def test_long_windows_have_their_limit_too(split):
   whole = score(split, context=72, max_tokens=150)
   in_pieces = score(split, context=72, max_tokens=150, piece=16)
