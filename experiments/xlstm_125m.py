@@ -10,15 +10,16 @@ data:
                sLSTM blocks are recalled, not published)
   300B tokens  --config.steps=600000 --config.optim.peak_lr=1.5e-3
 
-Published (xLSTM paper): GPT-2 tokenizer, windows of 2048, 256 sequences a
-batch, 30k steps (compared after 28,170), AdamW (0.9, 0.95) with eps 1e-5,
-weight decay 0.1 but not on embeddings, peak learning rate 3e-3, warm-up over
-750 steps, cosine to a tenth, untied embeddings. Published by a third party:
-clipping at a global norm of 1. Ours: the accumulation and the mesh, which
-change memory only.
+Published (xLSTM paper): peak learning rate 3e-3, and what all sizes share
+(`xlstm_jax/config/recipes.py`). Ours: remat, accumulation and the mesh, which
+change memory and speed only.
+
+Machine: one H200 (h200:1). 8 rows at a time, of which nothing is recomputed, take
+53 of the 105 GiB that JAX has there, [7:1] 50 (compiled, docs/plan.md).
+On n of them divide the accumulation by n: each then has as many rows at a time.
 
 Cost: computed, 1.47e19 training FLOPs (0.936 GFLOP a token, models.counts, and
-15.7B tokens), or 10 H200-hours at 40 % of 989 TFLOP/s. Measured: unknown.
+15.7B tokens). Measured on one H200 (jax 0.11.2): TODO
 
 Expected, validation perplexity: after 15B tokens unknown; after 300B tokens
 14.63, [7:1] 14.60 (published). Measured: unknown.

@@ -10,15 +10,16 @@ data:
   300B tokens  --config.steps=300000 --config.batch_size=512
                --config.optim.peak_lr=5e-4
 
-Published (xLSTM paper): GPT-2 tokenizer, windows of 2048, 256 sequences a
-batch, 30k steps (compared after 28,170), AdamW (0.9, 0.95) with eps 1e-5,
-weight decay 0.1 but not on embeddings, peak learning rate 9e-4, warm-up over
-750 steps, cosine to a tenth, untied embeddings. Published by a third party:
-clipping at a global norm of 1. Ours: remat, accumulation and the mesh, which
-change memory only.
+Published (xLSTM paper): peak learning rate 9e-4, and what all sizes share
+(`xlstm_jax/config/recipes.py`). Ours: remat, accumulation and the mesh, which
+change memory and speed only.
+
+Machine: one H200 (h200:1). 16 rows at a time, of which matmul outputs are kept,
+take 63 of the 105 GiB that JAX has there (compiled, docs/plan.md).
+On n of them divide the accumulation by n: each then has as many rows at a time.
 
 Cost: computed, 1.64e20 training FLOPs (10.4 GFLOP a token, models.counts, and
-15.7B tokens), or 115 H200-hours at 40 % of 989 TFLOP/s. Measured: unknown.
+15.7B tokens). Measured on one H200 (jax 0.11.2): TODO
 
 Expected, validation perplexity: after 15B tokens unknown; after 300B tokens
 8.89, [7:1] 9.00 (published). Measured: unknown.
