@@ -252,10 +252,14 @@ def test_lanes_hold_every_span_once_and_little_else(
   )
   mesh = make_mesh(MeshConfig(data=shards), jax.devices()[:shards])
   stops = np.cumsum(split.document_lengths().astype(np.int64) + 1)
+  sources = split.document_sources()
   if context != "document":
+    sources = None
     stops = np.append(np.arange(context, split.tokens, context), split.tokens)
   sizes = np.diff(stops, prepend=0)
-  batches = list(evaluate._lanes(split, stops - sizes, stops, 16, 64, mesh))
+  batches = list(
+    evaluate._lanes(split, stops - sizes, stops, sources, 16, 64, mesh)
+  )
   found = []
   for row in range(len(batches[0]["inputs"])):
     lane = {

@@ -139,12 +139,14 @@ def evaluate_split(
     carry = True
     stops = np.cumsum(split.document_lengths().astype(np.int64) + 1)
     starts = np.concatenate([[0], stops[:-1]])
+    sources = split.document_sources()
   else:
+    sources = None
     carry = context > piece
     starts = _window_numbers(split, context, max_tokens) * context
     stops = np.minimum(starts + context, split.tokens)
   if carry:
-    batches = _lanes(split, starts, stops, batch_size, piece, mesh)
+    batches = _lanes(split, starts, stops, sources, batch_size, piece, mesh)
   else:
     batches = _windows(split, starts // length, batch_size, length, mesh)
   nats_S, tokens_S = _sums(
@@ -223,19 +225,21 @@ _WAITING = 4 / 3
 class _Lane(NamedTuple):
   """Spans of the stream that a row reads one after the other.
 
-  Arrays of a number per span: its first input position in the stream, and its
-  first and last but one in the lane.
+  Arrays of a number per span: its first input position in the stream, where it
+  begins and ends in the lane, and its source if it is of one.
   """
 
   starts: np.ndarray
   begins: np.ndarray
   ends: np.ndarray
+  sources: np.ndarray | None
 
 
 def _lanes(
   split: Split,
   starts: np.ndarray,
   stops: np.ndarray,
+  sources: np.ndarray | None,
   batch_size: int,
   piece: int,
   mesh: Mesh,
@@ -249,6 +253,7 @@ def _lanes(
     split: what is read.
     starts: first input position of every span.
     stops: the end of every span.
+    sources: of every span; None where they are of several.
     batch_size: lanes, at most.
     piece: positions at a time of so many lanes.
     mesh: must divide a batch.
@@ -265,7 +270,8 @@ def _lanes(
   lanes = []
   for spans in packed:
     ends = np.cumsum(sizes[spans])
-    lanes.append(_Lane(starts[spans], ends - sizes[spans], ends))
+    of_lane = None if sources is None else sources[spans]
+    lanes.append(_Lane(starts[spans], ends - sizes[spans], ends, of_lane))
   length = _even(end, piece * (batch_size // rows), _step(mesh))
   seen = [0] * rows
   for first in range(0, end, length):
@@ -329,7 +335,11 @@ def _read(
     columns["inputs"][at] = tokens[:-1]
     columns["targets"][at] = tokens[1:]
     columns["segments"][at] = segments
-    columns["sources"][at] = split.target_sources(start, start + end - begin)
+    if lane.sources is None:
+      sources = split.target_sources(start, start + end - begin)
+    else:
+      sources = lane.sources[number]
+    columns["sources"][at] = sources
   return segment
 
 
