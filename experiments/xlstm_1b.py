@@ -8,18 +8,18 @@ data:
 
   [7:1]        --config=experiments/xlstm_1b.py:7:1
   300B tokens  --config.steps=300000 --config.batch_size=512
-               --config.optim.peak_lr=5e-4
+               --config.accumulation=32 --config.optim.peak_lr=5e-4
 
 Published (xLSTM paper): peak learning rate 9e-4, and what all sizes share
 (`xlstm_jax/config/recipes.py`). Ours: remat, accumulation and the mesh, which
 change memory and speed only.
 
 Machine: one H200 (h200:1). 16 rows at a time, of which matmul outputs are kept,
-take 63 of the 105 GiB that JAX has there (compiled, docs/plan.md).
-On n of them divide the accumulation by n: each then has as many rows at a time.
+take 63 of the 105 GiB that JAX has there (compiled, docs/plan.md). On n devices
+divide the accumulation by n: each then has as many rows at a time.
 
 Cost: computed, 1.64e20 training FLOPs (10.4 GFLOP a token, models.counts, and
-15.7B tokens). Measured on one H200 (jax 0.11.2): TODO
+15.7B tokens). Measured: unknown.
 
 Expected, validation perplexity: after 15B tokens unknown; after 300B tokens
 8.89, [7:1] 9.00 (published). Measured: unknown.

@@ -13,12 +13,12 @@ Published (xLSTM paper): peak learning rate 1e-3, and what all sizes share
 (`xlstm_jax/config/recipes.py`). Ours: remat, accumulation and the mesh, which
 change memory and speed only.
 
-Machine: one H200 (h200:1). 4 rows at a time, of which nothing is recomputed, take
-74 of the 105 GiB that JAX has there, [7:1] 65 (compiled, docs/plan.md).
-On n of them divide the accumulation by n: each then has as many rows at a time.
+Machine: one H100 of 80 GB (h100:1). 32 rows at a time, of which matmul outputs
+are kept, take 43 of the 59 GiB that JAX has there (compiled, docs/plan.md). On
+n devices divide the accumulation by n: each then has as many rows at a time.
 
 Cost: computed, 4.39e19 training FLOPs (2.79 GFLOP a token, models.counts, and
-15.7B tokens). Measured on one H200 (jax 0.11.2): TODO
+15.7B tokens). Measured: unknown.
 
 Expected, validation perplexity: after 15B tokens 13.43, [7:1] 13.48; after 300B
 tokens 11.31, [7:1] 11.37 (all published). Measured: unknown.
@@ -32,7 +32,7 @@ from xlstm_jax.layers.compute import Compute
 from xlstm_jax.models import presets
 from xlstm_jax.sharding import MeshConfig
 
-MACHINE = "h200:1"
+MACHINE = "h100:1"
 
 
 def get_config(ratio: str = "1:0") -> ConfigDict:

@@ -20,7 +20,7 @@ the mesh, which change memory and speed only.
 
 Machine: one node of 8 H200s (h200:8) has room for it: 2 rows at a time on each,
 of which matmul outputs are kept, take 62 of the 105 GiB that JAX has there
-(compiled, docs/plan.md). On n devices more, divide the accumulation by as many.
+(compiled, docs/plan.md). On n such nodes divide the accumulation by n.
 
 Cost: computed, 9.3e22 training FLOPs (40.4 GFLOP a token, models.counts, and
 2.31T tokens, 3.7 times SlimPajama's 627B), or 65,000 H200-hours at 40 % of 989
