@@ -13,8 +13,8 @@ Published (xLSTM paper): peak learning rate 1e-3, and what all sizes share
 (`xlstm_jax/config/recipes.py`). Ours: remat, accumulation and the mesh, which
 change memory and speed only.
 
-Machine: one H100 of 80 GB (h100:1). 32 rows at a time, of which matmul outputs
-are kept, take 43 of the 59 GiB that JAX has there (compiled, docs/plan.md). On
+Machine: one H100 of 80 GB (h100:1). 16 rows at a time, of which matmul outputs
+are kept, take 25 of the 59 GiB that JAX has there (compiled, docs/plan.md). On
 n devices divide the accumulation by n: each then has as many rows at a time.
 
 Cost: computed, 4.39e19 training FLOPs (2.79 GFLOP a token, models.counts, and
@@ -43,6 +43,6 @@ def get_config(ratio: str = "1:0") -> ConfigDict:
       peak_lr=1e-3,
       mesh=MeshConfig(data=-1),
       compute=Compute(dtype="bfloat16", remat="matmuls"),
-      accumulation=8,
+      accumulation=16,
     )
   )

@@ -54,7 +54,7 @@ MOST = 0.9
 @pytest.mark.parametrize(
   ("experiment", "topology", "overrides"),
   [
-    # Of the other sizes [7:1] takes minutes to compile, and less memory too.
+    # Of the other sizes [7:1] takes many minutes to compile.
     pytest.param("xlstm_125m.py:7:1", None, (), marks=for_gpus),
     pytest.param("xlstm_125m.py", None, (), marks=for_gpus),
     pytest.param("xlstm_350m.py", None, (), marks=for_gpus),
