@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,47 @@ def plan(tmp_path, *arguments):
   )
   written = json.loads(file.read_text()) if file.exists() else None
   return done.returncode, done.stdout, done.stderr, written
+
+
+# Of what a device has: room for other versions of the compiler, and for what
+# JAX allocates besides.
+MOST = 0.9
+
+
+@pytest.mark.parametrize(
+  ("experiment", "topology", "overrides"),
+  [
+    # Of the other sizes [7:1] takes many minutes to compile.
+    pytest.param("xlstm_125m.py:7:1", None, (), marks=for_gpus),
+    pytest.param("xlstm_125m.py", None, (), marks=for_gpus),
+    pytest.param("xlstm_350m.py", None, (), marks=for_gpus),
+    pytest.param("xlstm_1b.py", None, (), marks=for_gpus),
+    pytest.param("xlstm_7b.py", None, (), marks=for_gpus),
+    pytest.param(
+      "xlstm_7b.py",
+      "v5p:8x8x8",
+      ("mesh.data=64", "mesh.fsdp=8", "accumulation=1"),
+      marks=for_tpus,
+    ),
+  ],
+)
+def test_an_experiment_fits_the_machine_that_it_names(
+  tmp_path, monkeypatch, experiment, topology, overrides
+):
+  """Or another one, with what its docstring says to override."""
+  for name in machines.FRACTIONS:
+    monkeypatch.delenv(name, raising=False)
+  file = EXPERIMENTS / experiment.partition(":")[0]
+  topology = topology or runpy.run_path(str(file))["MACHINE"]
+  status, _, err, found = plan(
+    tmp_path,
+    f"--config={EXPERIMENTS / experiment}",
+    f"--topology={topology}",
+    *(f"--config.{override}" for override in overrides),
+  )
+  assert status == 0, err
+  assert found["topology"] == topology
+  assert found["peak_bytes"] <= MOST * found["memory"]
 
 
 @for_tpus
