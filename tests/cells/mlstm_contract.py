@@ -142,6 +142,7 @@ def _loud(i, value: float, count: int):
   return i
 
 
+RULED = ("first=8", "first=10", "first=12", "first=15", "few=8", "few=15")
 GATES = (
   "normal",
   "zero",
@@ -150,7 +151,7 @@ GATES = (
   *("i=50", "i=-50", "i=100", "i=-100"),
   *("f=50", "f=-50", "f=100", "f=-100"),
   *("both=-100", "mixed=50", "mixed=100", "forget", "capped"),
-  *("first=8", "first=10", "first=12", "first=15", "few=8", "few=15"),
+  *RULED,
 )
 
 
