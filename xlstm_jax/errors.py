@@ -1,5 +1,6 @@
 """The one exception for what a user can cause, and how commands report it."""
 
+import io
 import os
 import reprlib
 import select
@@ -31,8 +32,12 @@ def exit_code(main: Callable[[], int | None]) -> int:
 
   A `UserError` becomes one line on stderr and status 2; Ctrl-C and a reader of
   stdout that went away, as `head` does, end it as their signals would. Every
-  other exception is a defect of ours and keeps its traceback.
+  other exception is a defect of ours and keeps its traceback. What stdout
+  cannot encode, such as a name that is not UTF-8, is escaped.
   """
+  out = sys.stdout
+  if isinstance(out, io.TextIOWrapper) and out.errors == "strict":
+    out.reconfigure(errors="backslashreplace")
   try:
     status = main() or 0
     sys.stdout.flush()

@@ -208,8 +208,8 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
   where it was altered.
   """
   path = Path(directory) / MANIFEST
-  if not path.exists():
-    if (path.parent / PROGRESS).exists():
+  if not os.path.exists(path):
+    if os.path.exists(path.parent / PROGRESS):
       raise UserError(
         f"The preparation of {directory} was interrupted; run the same prepare "
         "command again to finish it."
