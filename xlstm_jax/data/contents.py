@@ -84,15 +84,17 @@ def recognize(
   lines, json = stem.endswith(_LINES), stem.endswith(".json")
   if head and (problem := _other_format(head)):
     return Content(lines, problem)
-  if head and named and packing is None and not _is_text(head):
+  if not head:
+    return Content(lines or json)
+  text = head.decode(errors="surrogateescape")
+  if json_lines.are_in(text, cut=not whole, expected=lines or json):
+    return Content(lines=True)
+  if named and packing is None and not _is_text(head):
     return Content(
       lines, f"no {named.name} file, as its name says, and no text: damaged"
     )
-  if lines or not head:
-    return Content(lines or json)
-  text = head.decode(errors="surrogateescape")
-  if json_lines.are_in(text, cut=not whole, expected=json):
-    return Content(lines=True)
+  if lines:
+    return Content(lines)
   return _of_json(text, packing) if json else Content(lines=False)
 
 
