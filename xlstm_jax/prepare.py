@@ -341,8 +341,10 @@ class _Preparation:
       for text in self._texts(chosen):
         if left <= 0:
           break
-        left -= len(text)
-        yield text.decode()
+        for part in tokenizer.training_parts(text.decode()):
+          if left > 0:
+            yield part
+          left -= len(part.encode())
 
   def _texts(self, inputs: Sequence[documents.Input]) -> Iterator[bytes]:
     limit = self._max_document_bytes
