@@ -33,11 +33,10 @@ def exit_code(main: Callable[[], int | None]) -> int:
   A `UserError` becomes one line on stderr and status 2; Ctrl-C and a reader of
   stdout that went away, as `head` does, end it as their signals would. Every
   other exception is a defect of ours and keeps its traceback. What stdout
-  cannot encode, such as a name that is not UTF-8, is escaped.
+  cannot show is escaped.
   """
-  out = sys.stdout
-  if isinstance(out, io.TextIOWrapper) and out.errors == "strict":
-    out.reconfigure(errors="backslashreplace")
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="backslashreplace")
   try:
     status = main() or 0
     sys.stdout.flush()

@@ -2,7 +2,8 @@
 
 A path is a place in the file system of this machine. A leading `~` is the home
 folder; every other character stands for itself. URLs are refused: written to as
-paths, they would become folders called `gs:`.
+paths, they would become folders called `gs:`. `./` before a name keeps both
+from being seen.
 """
 
 import argparse
@@ -141,8 +142,7 @@ def _sentence_of_url(path: str, scheme: str) -> str:
     return f"{path} is a URL; give the path alone, without {scheme}:."
   return (
     f"{path} is a URL, and only paths of this machine can be read and written: "
-    "mount the bucket, or download the files, and give the path (a local name "
-    f"that looks like a URL is written ./{path})."
+    "mount the bucket, or download what is there, and give its path."
   )
 
 

@@ -36,11 +36,13 @@ from xlstm_jax.errors import UserError, exit_code
 _DESCRIPTION = """\
 Turns text into token shards that training, evaluation and generation read.
 
-Inputs are files or folders. Names that end in .jsonl or .ndjson, and in .gz or
-.zst after that, hold a document a line, as SlimPajama does:
+Inputs are files or folders, and are read by what they hold. JSON lines hold a
+document a line, as SlimPajama does:
   {"text": "...", "meta": {"redpajama_set_name": "RedPajamaWikipedia"}}
-Every other file is one document of plain text. All text is UTF-8. Folders are
-read recursively in sorted order, without hidden files and symbolic links.
+Every other file is one document of plain text, except that .json files are JSON
+lines or skipped. Both may be packed: gzip, zstd, xz, bzip2. Parquet, archives
+and the like are skipped, with what to do. All text is UTF-8. Folders are read
+recursively in sorted order, without hidden files and symbolic links.
 
 An interrupted preparation is continued by the same command, and gives the same
 files as one that never stopped.
@@ -138,8 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     type=_number(int, 0, 2**62),
     default=100,
     metavar="N",
-    help="give up when more lines or text files than this cannot be read; a "
-    "rerun with a higher number continues (default: %(default)s)",
+    help="give up when more lines or files than this cannot be read; a rerun "
+    "with a higher number continues (default: %(default)s)",
   )
   parser.add_argument(
     "--max-document-size",
