@@ -1089,6 +1089,14 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]):
   assert all(len(line) <= 80 for line in text.splitlines())
 
 
+def test_a_tokenizer_that_is_not_there_is_refused_before_any_work(
+  corpus: Path, tmp_path: Path
+):
+  with pytest.raises(UserError, match="There is no tokenizer at"):
+    run(f"--input={corpus}", f"--output={tmp_path}/a/b", "--tokenizer=none")
+  assert not (tmp_path / "a").exists()
+
+
 def test_a_user_error_is_one_line_and_status_2(
   tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -209,8 +209,9 @@ def _prepare(options: argparse.Namespace) -> int:
       f"passing over {inputs.hidden} hidden entries and {inputs.links} "
       "symbolic links"
     )
+  given = _given_tokenizer(options)
   with _exclusive(output), _explained(output):
-    return _Preparation(options, inputs.files, output).run()
+    return _Preparation(options, inputs.files, output, given).run()
 
 
 class _Preparation:
@@ -221,12 +222,13 @@ class _Preparation:
     options: argparse.Namespace,
     inputs: Sequence[documents.Input],
     output: Path,
+    given: tokenizer.Tokenizer | None,
   ):
     self._options = options
     self._inputs = inputs
     self._output = output
     self._max_document_bytes = options.max_document_size * _MIB
-    self._given = _given_tokenizer(options)
+    self._given = given
     self._journal = self._recognise()
     self._writers: dict[str, writer.SplitWriter] = {}
     self._source_ids = {name: i for i, name in enumerate(self._journal.sources)}

@@ -8,6 +8,7 @@ import random
 import struct
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import zstandard
@@ -119,7 +120,7 @@ def test_parts_are_unpacked_before_what_is_damaged(name: str):
 
 
 def test_a_zstd_dictionary_is_asked_for():
-  words = [
+  words: list[Any] = [
     random.Random(n).randbytes(90) + b"the same words" for n in range(99)
   ]
   trained = zstandard.train_dictionary(1_000, words)

@@ -293,7 +293,10 @@ def _input(number: int, source: str, path: str, name: str) -> Input:
   except OSError as error:
     raise UserError(f"Cannot read {path}: {error.strerror}.") from error
   if not stat.S_ISREG(status.st_mode):
-    raise UserError(f"{path} is neither a regular file nor a folder.")
+    raise UserError(
+      f"{path} is neither a regular file nor a folder; write what it gives to "
+      "a file, which can be read again to continue."
+    )
   return Input(number, path, name, source, status.st_size, status.st_mtime_ns)
 
 
