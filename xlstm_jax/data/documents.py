@@ -410,10 +410,11 @@ def _text(file: _Opened, max_document_bytes: int) -> bytes | str:
   too_long = _too_long(max_document_bytes)
   if file.packing is None and file.one.size > max_document_bytes:
     return too_long
+  most = file.one.size if file.packing is None else max_document_bytes
   parts, size = [], 0
   try:
-    # Of a file that is not packed all is read at once.
-    for part in file.parts(0, max(file.one.size, max_document_bytes) + 1):
+    # All at once, or more than there may be.
+    for part in file.parts(0, most + 1):
       parts.append(part)
       size += len(part)
       if size > max_document_bytes:
