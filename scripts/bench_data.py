@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from xlstm_jax import paths
 from xlstm_jax.data import pipeline
 
 _SOURCES = ("RedPajamaC4", "RedPajamaGithub", "RedPajamaWikipedia")
@@ -41,7 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument("--runs", type=int, default=5)
   parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
   parser.add_argument("--threads", type=int, default=2, help="of the pipeline")
-  parser.add_argument("--json", metavar="FILE", help="write the results there")
+  parser.add_argument(
+    "--json",
+    type=paths.argument(paths.new_file),
+    metavar="FILE",
+    help="write the results there",
+  )
   options = parser.parse_args(arguments)
   with tempfile.TemporaryDirectory() as directory:
     results = measure(Path(directory), options)

@@ -12,6 +12,7 @@ Memory is read from /proc, as only Linux tells the peak of one input.
 """
 
 import argparse
+import bz2
 import contextlib
 import dataclasses
 import faulthandler
@@ -19,6 +20,7 @@ import gzip
 import hashlib
 import io
 import json
+import lzma
 import math
 import random
 import re
@@ -478,6 +480,9 @@ TARGETS = {
   "lines in zstd": _lines(
     "a.jsonl.zst", lambda data: zstandard.ZstdCompressor().compress(data)
   ),
+  "lines in xz": _lines("a.jsonl.xz", lzma.compress),
+  "lines in bzip2": _lines("a.jsonl.bz2", bz2.compress),
+  "lines without a name": _lines("a"),
   "manifest": Target(
     _write_data, ("data/manifest.json",), _read_data, _mend_manifest
   ),

@@ -11,7 +11,7 @@ from typing import Any
 
 import matplotlib
 
-from xlstm_jax import metrics
+from xlstm_jax import metrics, paths
 from xlstm_jax.errors import UserError, exit_code
 
 # Works without a screen.
@@ -25,9 +25,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     description="Plots the training and held-out loss of a run."
   )
-  parser.add_argument("--workdir", required=True, metavar="DIR")
   parser.add_argument(
-    "--output", metavar="FILE.png", help="default: DIR/loss.png"
+    "--workdir",
+    type=paths.argument(paths.workdir),
+    required=True,
+    metavar="DIR",
+  )
+  parser.add_argument(
+    "--output",
+    type=paths.argument(paths.new_file),
+    metavar="FILE.png",
+    help="default: DIR/loss.png",
   )
   options = parser.parse_args(arguments)
   workdir = Path(options.workdir)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from xlstm_jax import paths
 from xlstm_jax.metrics import duration
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   )
   parser.add_argument(
     "--workdir",
+    type=paths.argument(paths.new_workdir),
     default="runs/quickstart",
     metavar="DIR",
     help="folder of the data and of the run (default: %(default)s)",

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from xlstm_jax import paths
+
 _EXCLUDED = ("site-packages", "dist-packages", "__pycache__")
 _OWN_SOURCE = 0.01
 
@@ -38,7 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     description="Writes the running Python's standard library as JSON lines."
   )
-  parser.add_argument("--output", required=True, metavar="FILE.jsonl")
+  parser.add_argument(
+    "--output",
+    type=paths.argument(paths.new_file),
+    required=True,
+    metavar="FILE.jsonl",
+  )
   output = Path(parser.parse_args(arguments).output)
   root = Path(sysconfig.get_path("stdlib"))
   found, empty, undecodable = read_files(root)

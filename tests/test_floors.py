@@ -11,7 +11,7 @@ PACKAGE = ROOT / "xlstm_jax"
 FLOORS = (
   ("machine",),
   ("errors",),
-  ("sharding", "checksums"),
+  ("sharding", "checksums", "paths"),
   ("cells",),
   ("layers",),
   ("mixers",),

@@ -1,10 +1,12 @@
 """The command: what it makes, what it refuses, and that no kill changes it."""
 
+import bz2
 import contextlib
 import fcntl
 import gzip
 import itertools
 import json
+import lzma
 import os
 import random
 import shutil
@@ -13,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,14 @@ def test_counts_in_the_manifest_are_those_of_the_text(
   [
     ("c.jsonl.gz", gzip.compress),
     ("c.jsonl.zst", zstandard.ZstdCompressor().compress),
+    ("c.jsonl.xz", lzma.compress),
+    ("c.jsonl.bz2", bz2.compress),
+    ("c.json", bytes),
+    ("c.json.gz", gzip.compress),
+    ("part-00000.zst", zstandard.ZstdCompressor().compress),
+    # Unpacked on its way, and not renamed; packed, and not renamed.
+    ("unpacked.jsonl.gz", bytes),
+    ("renamed.jsonl", gzip.compress),
   ],
 )
 def test_compression_changes_nothing(
@@ -388,16 +398,187 @@ def test_names_of_lines_are_known_in_any_case(
   assert sum(split.total.documents for split in totals) == len(texts)
 
 
-def test_a_json_file_is_refused_and_in_a_folder_announced(
+def test_what_a_file_holds_decides_in_a_folder_as_alone(
+  tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
+):
+  folder = tmp_path / "in"
+  folder.mkdir()
+  (folder / "a.json").write_bytes(as_lines(texts[:9]))
+  (folder / "b.json.gz").write_bytes(gzip.compress(as_lines(texts[9:20])))
+  (folder / "c.txt.xz").write_bytes(lzma.compress(b"a text"))
+  (folder / "d.txt.bz2").write_bytes(bz2.compress(b""))
+  problems = {
+    "e.json": (b'[{"text": "a"}]', "one JSON array"),
+    "f.parquet": (b"PAR1\x15\x80PAR1", "a Parquet file: turn it into"),
+    "g.txt.gz": (gzip.compress(b"caf\xe9"), "not UTF-8"),
+    "h.txt.gz": (gzip.compress(b"a text" * 99)[:-9], "is truncated or damaged"),
+  }
+  for name, (data, _) in problems.items():
+    (folder / name).write_bytes(data)
+  assert run_default(folder, tmp_path / "out", "--max-bad-lines=4") == 0
+  errors = capsys.readouterr().err
+  found = [t for s in files.SPLITS for t, _ in read_all(tmp_path / "out", s)]
+  assert sorted(found) == sorted([*texts[:20], "a text"])
+  assert files.read_manifest(tmp_path / "out").origin["empty_files"] == 1
+  listed = {e["file"]: e["reason"] for e in skipped(tmp_path / "out")}
+  assert list(listed) == list(problems)
+  for name, (_, reason) in problems.items():
+    assert listed[name].startswith(reason)
+    assert f"skipping {folder}/{name}: {reason}" in errors
+    with pytest.raises(UserError, match="hold no documents"):
+      run_default(folder / name, tmp_path / f"out-{name}")
+
+
+def read_all(directory: Path, split: str) -> list[tuple[str, str]]:
+  """`read_documents` of a split that may be empty."""
+  if not files.read_manifest(directory).splits[split].shards:
+    return []
+  return read_documents(directory, split)
+
+
+def test_a_redirected_file_is_read_by_what_it_holds(
+  corpus: Path, tmp_path: Path
+):
+  arguments = ["--input=/dev/stdin", f"--output={tmp_path}/out", BYTE]
+  with corpus.open() as file:
+    subprocess.run(
+      [sys.executable, "-m", "xlstm_jax.prepare", *arguments, "--workers=1",
+       "--heldout-fraction=0.2"],
+      stdin=file, capture_output=True, check=True,
+    )  # fmt: skip
+  run_default(corpus, tmp_path / "named")
+  left, right = content(tmp_path / "out"), content(tmp_path / "named")
+  del left[files.PROGRESS], right[files.PROGRESS]
+  assert left == right
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "a b/ü 世界",
+    "[a]*?{b}",
+    "back\\slash",
+    "caf\udce9",
+    "new\nline",
+    "x/../y/",
+  ],
+)
+def test_folders_may_have_any_name(tmp_path: Path, name: str):
+  source = tmp_path / "in" / name
+  source.mkdir(parents=True)
+  (source / "good\udce9.txt").write_bytes(b"a good text")
+  output = tmp_path / "out" / name
+  arguments = [
+    f"--input={source}/", f"--output={output}", BYTE, "--heldout-fraction=0",
+    "--workers=1",
+  ]  # fmt: skip
+  for _ in range(2):
+    assert exit_code(lambda: prepare.main(arguments)) == 0
+  assert read_documents(output, "train") == [("a good text", "default")]
+
+
+def test_a_name_that_is_not_utf8_is_listed_escaped(tmp_path: Path):
+  folder, output = tmp_path / "in", tmp_path / "out\udce9"
+  folder.mkdir()
+  (folder / "good.txt").write_text("a good text")
+  (folder / "caf\udce9.txt").write_bytes(b"caf\xe9")
+  command = [
+    sys.executable, "-m", "xlstm_jax.prepare", f"--input={folder}",
+    f"--output={output}", BYTE, "--heldout-fraction=0", "--workers=1",
+  ]  # fmt: skip
+  for said in ("is ready", "is already prepared"):
+    result = subprocess.run(
+      command, capture_output=True, text=True, check=True,
+      env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+    )  # fmt: skip
+    assert f"{tmp_path}/out\\udce9 {said}" in result.stdout
+  assert [entry["file"] for entry in skipped(output)] == ["caf\udce9.txt"]
+  assert "caf\\udce9.txt" in (output / "skipped.jsonl").read_text()
+
+
+def test_what_holds_no_text_counts_towards_no_limit(
   tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-  folder = tmp_path / "code"
+  folder = tmp_path / "in"
   folder.mkdir()
-  (folder / "package.json").write_text("{}")
-  with pytest.raises(UserError, match=r"package\.json ends in \.json .*jq"):
-    run_default(folder / "package.json", tmp_path / "out")
-  assert run_default(folder, tmp_path / "out") == 0
-  assert "reading 1 files that end in .json as one" in capsys.readouterr().err
+  for name in ("a.jsonl", "b.jsonl.gz", "c.txt", "d.json", "e.ndjson"):
+    (folder / name).touch()
+  (folder / "f.jsonl.gz").write_bytes(gzip.compress(b""))
+  (folder / "g.jsonl").write_bytes(b"\xef\xbb\xbf\n" + b"\n \r\n" * 75)
+  (folder / "h.jsonl").write_bytes(
+    as_lines(["a"]) + b'\n{"text": ""}\n' + as_lines(["b"])
+  )
+  assert run(f"--input={folder}", f"--output={tmp_path}/out", BYTE,
+             "--heldout-fraction=0", "--workers=1",
+             "--max-bad-lines=0") == 0  # fmt: skip
+  assert [t for t, _ in read_documents(tmp_path / "out", "train")] == ["a", "b"]
+  origin = files.read_manifest(tmp_path / "out").origin
+  assert origin["skipped"] == 0
+  assert origin["empty_files"] == 6
+  assert origin["empty_lines"] == 153
+  out, err = capsys.readouterr()
+  assert "skipping" not in err
+  assert "cannot be read, 6 empty files and 153 lines without text\n" in out
+
+
+def of_older_version(output: Path) -> None:
+  """Makes the journal that the first rules, which had no number, left."""
+  path = output / files.PROGRESS
+  data = json.loads(path.read_bytes())
+  for name in ("version", "hash", "rules", "empty_lines"):
+    del data[name]
+  data |= {"version": 1, "hash": journal._digest(data)}
+  path.write_text(json.dumps(data))
+
+
+@pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize("name", ["c.jsonl", "c.json"])
+def test_what_an_older_version_began_is_continued_or_refused(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str], name: str
+):
+  corpus, output = tmp_path / name, tmp_path / "out"
+  corpus.write_bytes(as_lines(texts))
+  with monkeypatch.context() as patch:
+    append = prepare._Preparation._append
+    calls = iter(range(5))
+
+    def interrupted(*arguments: Any) -> None:
+      if next(calls, None) is None:
+        raise KeyboardInterrupt
+      append(*arguments)
+
+    patch.setattr(prepare._Preparation, "_append", interrupted)
+    assert run_default(corpus, output) == 130
+  assert 0 < sum(c.documents for c in totals(output)) < len(texts)
+  of_older_version(output)
+  if name == "c.json":
+    with pytest.raises(UserError, match=r"older version, which read .*c\.json"):
+      run_default(corpus, output)
+    return
+  assert run_default(corpus, output) == 0
+  run_default(corpus, tmp_path / "whole")
+  assert content(output) == content(tmp_path / "whole")
+
+
+def totals(output: Path) -> Iterable[files.Counts]:
+  kept = journal.load(output)
+  assert kept
+  return kept.totals.values()
+
+
+def test_what_an_older_version_finished_is_accepted(
+  corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+  output = tmp_path / "out"
+  named = tmp_path / "c.json"
+  shutil.copy(corpus, named)
+  run_default(named, output)
+  of_older_version(output)
+  assert run_default(named, output) == 0
+  assert "already prepared" in capsys.readouterr().out
+  os.utime(named, (1, 1))
+  with pytest.raises(UserError, match="begun by an older version"):
+    run_default(named, output)
 
 
 def test_a_folder_that_holds_something_else_is_refused(
@@ -479,15 +660,15 @@ def test_bad_lines_are_reported_and_counted(
   corpus.write_bytes(b"\n".join(lines))
   assert run_default(corpus, tmp_path / "out") == 0
   errors = capsys.readouterr().err
-  assert f"skipping {corpus}:5: empty line\n" in errors
+  assert f"{corpus}:5" not in errors
   assert f"skipping {corpus}:6: not JSON: " in errors
   assert f"skipping {corpus}:7: not UTF-8: invalid start byte\n" in errors
   assert "not shown" not in errors
-  assert files.read_manifest(tmp_path / "out").origin["skipped"] == 3
+  assert files.read_manifest(tmp_path / "out").origin["skipped"] == 2
   listed = skipped(tmp_path / "out")
-  assert [entry["line"] for entry in listed] == [5, 6, 7]
+  assert [entry["line"] for entry in listed] == [6, 7]
   assert {entry["file"] for entry in listed} == {"c.jsonl"}
-  assert listed[0]["reason"] == "empty line"
+  assert listed[1]["reason"] == "not UTF-8: invalid start byte"
 
 
 def skipped(directory: Path) -> list[dict[str, Any]]:
@@ -744,13 +925,36 @@ def test_killed_often_and_continued_is_as_never_stopped(
   check_kills(driver, tmp_path, kills=kills, workers=workers, documents=5000)
 
 
+def mixed_folder(corpus: Path) -> None:
+  """Texts and JSON lines in every packing, and what is no document."""
+  corpus.mkdir()
+  pack = [bytes, gzip.compress, lzma.compress, bz2.compress]
+  pack.append(zstandard.ZstdCompressor().compress)
+  texts = make_texts(90)
+  for i in range(30):
+    text = texts[i].encode()
+    (corpus / f"{i:02d}.txt").write_bytes(pack[i % 5](text))
+  for i in range(30, 35):
+    lines = as_lines(texts[i::5])
+    (corpus / f"{i}.json").write_bytes(pack[i % 5](lines))
+  (corpus / "10.parquet").write_bytes(b"PAR1\x15\x80PAR1")
+  (corpus / "11.txt.gz").write_bytes(gzip.compress(b"x")[:-1])
+  (corpus / "12.txt").touch()
+  # Longer than `small_steps` allows, of which little is known beforehand.
+  (corpus / "13.txt.xz").write_bytes(lzma.compress(b"x" * 20_000))
+
+
 @pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize("mixed", [False, True])
 def test_stopping_between_any_two_commits_changes_nothing(
-  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixed: bool
 ):
   """The state on disk after every step of the preparation goes on."""
   corpus = tmp_path / "c.jsonl"
-  corpus.write_bytes(as_lines(make_texts(60)))
+  if mixed:
+    mixed_folder(corpus)
+  else:
+    corpus.write_bytes(as_lines(make_texts(60)))
   run_default(corpus, tmp_path / "whole")
   snapshots: list[Path] = []
   output = tmp_path / "out"
@@ -883,6 +1087,14 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]):
   text = capsys.readouterr().out
   assert "--max-bad-lines" in text
   assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_a_tokenizer_that_is_not_there_is_refused_before_any_work(
+  corpus: Path, tmp_path: Path
+):
+  with pytest.raises(UserError, match="There is no tokenizer at"):
+    run(f"--input={corpus}", f"--output={tmp_path}/a/b", "--tokenizer=none")
+  assert not (tmp_path / "a").exists()
 
 
 def test_a_user_error_is_one_line_and_status_2(

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from xlstm_jax import ngrams, sharding, trained
+from xlstm_jax import ngrams, paths, sharding, trained
 from xlstm_jax.data.format import SPLITS
 from xlstm_jax.data.shards import Split, open_split
 from xlstm_jax.errors import UserError, exit_code
@@ -477,10 +477,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
   batch_size = options.batch_size or (
     _BATCH_TOKENS // length * sharding.batch_shards(mesh)
   )
-  paths = options.data or model.cfg.data.paths
-  if not paths:
+  folders = options.data or model.cfg.data.paths
+  if not folders:
     raise UserError(f"The run in {options.workdir} names no data: give --data.")
-  splits = {path: open_split(path, options.split) for path in paths}
+  splits = {path: open_split(path, options.split) for path in folders}
   for path, split in splits.items():
     trained.check_tokenizer(model, split.manifest.tokenizer.hash, path)
   counted = _count(model.cfg.data.paths) if options.ngrams else None
@@ -522,10 +522,15 @@ def _parser() -> argparse.ArgumentParser:
     allow_abbrev=False,
   )
   parser.add_argument(
-    "--workdir", required=True, metavar="DIR", help="folder of the run"
+    "--workdir",
+    type=paths.argument(paths.workdir),
+    required=True,
+    metavar="DIR",
+    help="folder of the run",
   )
   parser.add_argument(
     "--data",
+    type=paths.argument(paths.reachable),
     action="append",
     metavar="DIR",
     help="prepared dataset to score, may be given several times (default: "
@@ -564,7 +569,10 @@ def _parser() -> argparse.ArgumentParser:
     f"shards (vocabularies of at most {ngrams.MAX_VOCAB_SIZE})",
   )
   parser.add_argument(
-    "--json", metavar="FILE", help="write the scores to this file too"
+    "--json",
+    type=paths.argument(paths.new_file),
+    metavar="FILE",
+    help="write the scores to this file too",
   )
   return parser
 
@@ -596,11 +604,11 @@ def _memory_explained(context: Context, batch_size: int) -> Iterator[None]:
     ) from error
 
 
-def _count(paths: Sequence[str]) -> ngrams.NGrams:
+def _count(folders: Sequence[str]) -> ngrams.NGrams:
   """The n-gram models of the training shards."""
-  if not paths:
+  if not folders:
     raise UserError("The run names no training data to fit n-grams on.")
-  splits = [open_split(path, "train") for path in paths]
+  splits = [open_split(folder, "train") for folder in folders]
   chunks = (tokens for split in splits for _, tokens in split.chunks())
   return ngrams.fit(chunks, splits[0].vocab_size)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlstm_jax import metrics, sharding, trained
+from xlstm_jax import metrics, paths, sharding, trained
 from xlstm_jax.errors import UserError, exit_code
 from xlstm_jax.models.language_model import Definition, Params
 from xlstm_jax.sharding import MeshConfig
@@ -376,7 +376,11 @@ def _parser() -> argparse.ArgumentParser:
     allow_abbrev=False,
   )
   parser.add_argument(
-    "--workdir", required=True, metavar="DIR", help="folder of the run"
+    "--workdir",
+    type=paths.argument(paths.workdir),
+    required=True,
+    metavar="DIR",
+    help="folder of the run",
   )
   parser.add_argument(
     "--prompt", required=True, metavar="TEXT", help="may be empty"

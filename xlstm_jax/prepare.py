@@ -20,10 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from xlstm_jax import paths
 from xlstm_jax.data import (
   documents,
   encoding,
   journal,
+  json_lines,
   shards,
   tokenizer,
   writer,
@@ -34,11 +36,13 @@ from xlstm_jax.errors import UserError, exit_code
 _DESCRIPTION = """\
 Turns text into token shards that training, evaluation and generation read.
 
-Inputs are files or folders. Names that end in .jsonl or .ndjson, and in .gz or
-.zst after that, hold a document a line, as SlimPajama does:
+Inputs are files or folders, and are read by what they hold. JSON lines hold a
+document a line, as SlimPajama does:
   {"text": "...", "meta": {"redpajama_set_name": "RedPajamaWikipedia"}}
-Every other file is one document of plain text. All text is UTF-8. Folders are
-read recursively in sorted order, without hidden files and symbolic links.
+Every other file is one document of plain text, except that .json files are JSON
+lines or skipped. Both may be packed: gzip, zstd, xz, bzip2. Parquet, archives
+and the like are skipped, with what to do. All text is UTF-8. Folders are read
+recursively in sorted order, without hidden files and symbolic links.
 
 An interrupted preparation is continued by the same command, and gives the same
 files as one that never stopped.
@@ -99,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument(
     "--output",
+    type=paths.argument(paths.reachable),
     required=True,
     metavar="DIR",
     help="folder to write; new, empty, or of the same command before",
@@ -106,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
   kind = parser.add_mutually_exclusive_group(required=True)
   kind.add_argument(
     "--tokenizer",
+    type=paths.argument(paths.reachable),
     metavar="byte|FILE",
     help="byte (257 ids), or a Hugging Face tokenizer.json",
   )
@@ -134,8 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     type=_number(int, 0, 2**62),
     default=100,
     metavar="N",
-    help="give up when more lines or text files than this cannot be read; a "
-    "rerun with a higher number continues (default: %(default)s)",
+    help="give up when more lines or files than this cannot be read; a rerun "
+    "with a higher number continues (default: %(default)s)",
   )
   parser.add_argument(
     "--max-document-size",
@@ -203,10 +209,9 @@ def _prepare(options: argparse.Namespace) -> int:
       f"passing over {inputs.hidden} hidden entries and {inputs.links} "
       "symbolic links"
     )
-  if number := sum(one.json for one in inputs.files):
-    _say(f"reading {number} files that end in .json as one text each")
+  given = _given_tokenizer(options)
   with _exclusive(output), _explained(output):
-    return _Preparation(options, inputs.files, output).run()
+    return _Preparation(options, inputs.files, output, given).run()
 
 
 class _Preparation:
@@ -217,12 +222,13 @@ class _Preparation:
     options: argparse.Namespace,
     inputs: Sequence[documents.Input],
     output: Path,
+    given: tokenizer.Tokenizer | None,
   ):
     self._options = options
     self._inputs = inputs
     self._output = output
     self._max_document_bytes = options.max_document_size * _MIB
-    self._given = _given_tokenizer(options)
+    self._given = given
     self._journal = self._recognise()
     self._writers: dict[str, writer.SplitWriter] = {}
     self._source_ids = {name: i for i, name in enumerate(self._journal.sources)}
@@ -267,15 +273,34 @@ class _Preparation:
     if old.place == documents.Place():
       # Nothing is lost by starting over with whatever is asked for now. A
       # tokenizer that was trained on the same inputs stays.
-      same = (old.settings, old.listing) == (new.settings, new.listing)
+      same = all(
+        getattr(old, name) == getattr(new, name)
+        for name in ("settings", "listing", "rules")
+      )
       return old if same else new
     _refuse_other_settings(self._output, old.settings, new.settings)
     if old.sizes != new.sizes or old.place.file >= len(self._inputs):
       raise _other_inputs(self._output)
+    self._refuse_other_rules(old, new)
     if old.listing != new.listing:
       self._check_contents(old.place)
       old.listing = new.listing
     return old
+
+  def _refuse_other_rules(
+    self, old: journal.Journal, new: journal.Journal
+  ) -> None:
+    """Refuses to go on, or to compare contents, by other rules."""
+    done = (self._output / files.MANIFEST).exists()
+    if old.rules == new.rules or (done and old.listing == new.listing):
+      return
+    if one := documents.read_otherwise(self._inputs):
+      raise UserError(
+        f"{self._output} was begun by an older version, which read {one.path} "
+        "in another way; use another --output."
+      )
+    # What is left is read by the new rules.
+    old.rules = new.rules
 
   def _check_contents(self, place: documents.Place) -> None:
     _say("the inputs have other modification times: checking their contents")
@@ -320,8 +345,10 @@ class _Preparation:
       for text in self._texts(chosen):
         if left <= 0:
           break
-        left -= len(text)
-        yield text.decode()
+        for part in tokenizer.training_parts(text.decode()):
+          if left > 0:
+            yield part
+          left -= len(part.encode())
 
   def _texts(self, inputs: Sequence[documents.Input]) -> Iterator[bytes]:
     limit = self._max_document_bytes
@@ -331,7 +358,7 @@ class _Preparation:
       piece_bytes=_TASK_BYTES,
       max_document_bytes=limit,
     ):
-      for one in documents.parse(piece, max_document_bytes=limit)[0]:
+      for one in documents.parse(piece, max_document_bytes=limit).documents:
         split = encoding.split_of(one.text, self._options.heldout_fraction)
         if split == "train":
           yield one.text
@@ -400,6 +427,7 @@ class _Preparation:
           part.tokens, part.lengths, ids[part.sources], part.sizes
         )
     self._journal.place = encoded.end
+    self._journal.empty_lines += encoded.empty
     for problem in encoded.problems:
       self._record(problem)
 
@@ -408,7 +436,7 @@ class _Preparation:
       if len(self._source_ids) == files.MAX_SOURCES:
         raise UserError(
           f"The inputs name more than {files.MAX_SOURCES} sources, the last "
-          f"one {name!r}; is {documents.SOURCE_KEY!r} a source at all?"
+          f"one {name!r}; is {json_lines.SOURCE_KEY!r} a source at all?"
         )
       self._source_ids[name] = len(self._source_ids)
       self._journal.sources.append(name)
@@ -464,7 +492,7 @@ class _Preparation:
         f"The {len(self._inputs)} input files hold no documents "
         f"({self._journal.skipped} lines or files could not be read"
         f"{_listed(self._journal.skipped)}, {self._journal.empty_files} files "
-        "are empty)."
+        f"are empty, {self._journal.empty_lines} lines hold no text)."
       )
     files.sync_directory(self._output)
     self._journal.save(self._output)
@@ -488,6 +516,8 @@ class _Preparation:
         "content_crc32": state.place.crc,
         "skipped": state.skipped,
         "empty_files": state.empty_files,
+        # Not where there are none, as in datasets of older versions.
+        **({"empty_lines": state.empty_lines} if state.empty_lines else {}),
       },
     )
 
@@ -524,7 +554,7 @@ class _Skipped:
   def add(self, name: str, problem: documents.Problem) -> None:
     """Lists one more, with the next `write`."""
     value = {"file": name, "line": problem.line, "reason": problem.reason}
-    self._waiting.append(f"{json.dumps(value, ensure_ascii=False)}\n")
+    self._waiting.append(f"{json.dumps(value)}\n")
 
   def write(self) -> None:
     """Makes durable what was added."""
@@ -609,10 +639,12 @@ def _summarise(manifest: files.Manifest) -> None:
     cells += [n.rjust(w) for n, w in zip(numbers, widths[2:], strict=True)]
     print("  ".join(cells).rstrip())
   origin = manifest.origin
-  if origin["skipped"] or origin["empty_files"]:
+  empty_lines = origin.get("empty_lines", 0)
+  if origin["skipped"] or origin["empty_files"] or empty_lines:
     print(
       f"skipped {origin['skipped']} lines or files that cannot be read"
-      f"{_listed(origin['skipped'])} and {origin['empty_files']} empty files"
+      f"{_listed(origin['skipped'])}, {origin['empty_files']} empty files and "
+      f"{empty_lines} lines without text"
     )
   for name, split in manifest.splits.items():
     if not split.shards:

@@ -6,7 +6,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from xlstm_jax import config, sharding
+from xlstm_jax import config, paths, sharding
 from xlstm_jax.checkpoints import Checkpoints
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data import tokenizer as tokenizers
@@ -71,8 +71,8 @@ def load(workdir: epath.PathLike, *, step: str, mesh: Mesh) -> Trained:
 def use_compilation_cache(cfg: RunConfig) -> None:
   """Keeps compiled programs where the run keeps them."""
   if cfg.compilation_cache is not None:
-    path = epath.Path(cfg.compilation_cache).expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(path))
+    folder = paths.local(cfg.compilation_cache)
+    jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def find_tokenizer(model: Trained, workdir: epath.PathLike) -> Tokenizer:
@@ -81,9 +81,10 @@ def find_tokenizer(model: Trained, workdir: epath.PathLike) -> Tokenizer:
   Raises:
     UserError: it is in neither place, or another one is.
   """
-  places = [workdir, *model.cfg.data.paths]
+  places = [epath.Path(p) for p in (workdir, *model.cfg.data.paths)]
   for place in places:
-    if (epath.Path(place).expanduser() / tokenizers.SPEC_FILE).exists():
+    place = place.expanduser()
+    if (place / tokenizers.SPEC_FILE).exists():
       tokenizer = tokenizers.load(place)
       check_tokenizer(model, tokenizer.hash, place)
       return tokenizer

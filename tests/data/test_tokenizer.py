@@ -1,6 +1,10 @@
 """Ids and text: round trips, and no text that can end itself."""
 
+import functools
 import json
+import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,13 @@ import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import (
+  decoders,
+  models,
+  normalizers,
+  pre_tokenizers,
+  trainers,
+)
 
 from xlstm_jax.data import tokenizer
 from xlstm_jax.data.tokenizer import ByteTokenizer, Tokenizer
@@ -451,3 +461,158 @@ def test_a_hostile_spec_is_refused(tmp_path: Path, spec: str):
 def test_text_that_is_no_unicode_is_refused(tokens: Tokenizer):
   with pytest.raises(UserError, match="not valid Unicode"):
     tokens.encode("a\ud800")
+
+
+# Long texts.
+
+
+def words(count: int, seed: int = 0) -> str:
+  rng = random.Random(seed)
+  known = [
+    "the", "state", "größe", "世界の", "x = 1\n", '"quoted"', "🙂", "\t", "  ",
+    "e\u0301", "ﬁn", "12345", "don't", "WORLD!!\n\n", "<s>", "\u200d",
+  ]  # fmt: skip
+  return " ".join(rng.choices(known, k=count))
+
+
+LONG = {
+  "words": words(3_000),
+  "lines": "a line of a poem,\n" * 1_000,
+  "a run": words(300) + "a" * 9_000 + words(300, 1),
+  "blanks": words(300) + " " * 7_000 + "\n" * 7_000 + words(300, 1),
+  "one word": "".join(random.Random(2).choices("abcdeé世🙂", k=12_000)),
+  "digits": "".join(random.Random(3).choices("0123456789", k=12_000)),
+  "numbers": " ".join(map(str, range(4_000))),
+}
+
+
+@functools.cache
+def family(name: str) -> tokenizers.Tokenizer:
+  """A tokenizer built as those of a family of models are."""
+  special = ["<unk>", "</s>"]
+  options = {
+    "vocab_size": 600,
+    "special_tokens": special,
+    "show_progress": False,
+  }
+  bytes_ = pre_tokenizers.ByteLevel.alphabet()
+  trainer: Any = trainers.BpeTrainer(**options)
+  match name:
+    case "GPT-2":
+      made = tokenizers.Tokenizer(models.BPE())
+      made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+      trainer = trainers.BpeTrainer(**options, initial_alphabet=bytes_)
+    case "Llama 3":
+      made = tokenizers.Tokenizer(models.BPE())
+      pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+      )
+      made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+          pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+          pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+      )
+      trainer = trainers.BpeTrainer(**options, initial_alphabet=bytes_)
+    case "digits from the right":
+      made = tokenizers.Tokenizer(models.BPE())
+      made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+          pre_tokenizers.Split(
+            tokenizers.Regex(r"\d{1,3}(?=(\d{3})*\b)"), "isolated"
+          ),
+          pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+      )
+      trainer = trainers.BpeTrainer(**options, initial_alphabet=bytes_)
+    case "Llama 2":
+      made = tokenizers.Tokenizer(
+        models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+      )
+      made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+      )
+    case "T5":
+      made = tokenizers.Tokenizer(models.Unigram())
+      made.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Strip()]
+      )
+      made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+      trainer = trainers.UnigramTrainer(**options, unk_token="<unk>")
+    case _:
+      made = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>"))
+      made.normalizer = normalizers.BertNormalizer()
+      made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+      trainer = trainers.WordPieceTrainer(**options)
+  made.train_from_iterator([words(500, seed) for seed in range(9)], trainer)
+  return made
+
+
+@pytest.mark.parametrize("text", LONG)
+@pytest.mark.parametrize(
+  "name",
+  ["GPT-2", "Llama 3", "digits from the right", "Llama 2", "T5", "BERT"],
+)
+def test_a_long_text_is_encoded_as_a_whole(
+  name: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+  tokens = tokenizer.load(saved(tmp_path / "t.json", family(name)))
+  expected = tokens.encode(LONG[text])
+  monkeypatch.setattr(tokenizer, "_WINDOW", 1_500)
+  monkeypatch.setattr(tokenizer, "_OVERLAP", 400)
+  assert len(LONG[text]) > 5 * tokenizer._WINDOW
+  texts = ["short", LONG[text], "", LONG[text][:1_600]]
+  ids, lengths = tokens.encode_documents([one.encode() for one in texts])
+  start = lengths[0] + 1
+  assert ids[start : start + lengths[1]].tolist() == expected.tolist()
+
+
+def test_windows_are_joined_wherever_words_end(
+  bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+  """And seldom grow, which would take the memory of the whole."""
+  monkeypatch.setattr(tokenizer, "_WINDOW", 1_500)
+  monkeypatch.setattr(tokenizer, "_OVERLAP", 400)
+  whole = tokenizer.HuggingFaceTokenizer._encode_whole
+  longest = []
+
+  def watched(self: Any, texts: list[str]) -> list[np.ndarray]:
+    longest.extend(map(len, texts))
+    return whole(self, texts)
+
+  monkeypatch.setattr(tokenizer.HuggingFaceTokenizer, "_encode_whole", watched)
+  bpe.encode(LONG["words"])
+  assert max(longest) == 1_500
+
+
+def test_a_long_text_takes_little_memory():
+  """Encoded as a whole it took 140 bytes a byte, and 200 to train on it."""
+  script = """
+import resource
+from xlstm_jax.data import tokenizer
+text = "the state of größe, 1 2 3\\n" * 100_000
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+tokens = tokenizer.train(tokenizer.training_parts(text), 300)
+tokens.encode(text)
+print((peak() - before) / len(text.encode()))
+"""
+  result = subprocess.run(
+    [sys.executable, "-c", script], capture_output=True, text=True, check=True
+  )
+  assert float(result.stdout) < 60
+
+
+@pytest.mark.parametrize("text", LONG)
+def test_parts_train_as_the_whole_does(
+  text: str, monkeypatch: pytest.MonkeyPatch
+):
+  whole = tokenizer.train([LONG[text]], 400)
+  monkeypatch.setattr(tokenizer, "_WINDOW", 1_500)
+  parts = list(tokenizer.training_parts(LONG[text]))
+  assert "".join(parts) == LONG[text]
+  assert max(map(len, parts)) <= 1_500
+  # A run of one character is cut where it is.
+  if text in ("words", "lines", "numbers"):
+    assert tokenizer.train(parts, 400).hash == whole.hash

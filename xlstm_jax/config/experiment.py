@@ -4,16 +4,18 @@ import ast
 import contextlib
 import dataclasses
 import importlib.util
+import os
 import re
 import traceback
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from xlstm_jax import paths
 from xlstm_jax.config import conversion
 from xlstm_jax.config.run import RunConfig
 from xlstm_jax.errors import UserError, shown
@@ -38,12 +40,40 @@ def from_experiment(path: str, overrides: Sequence[str] = ()) -> RunConfig:
   values = _load_experiment(path)
   for key, arguments in _grouped(overrides).items():
     _override(values, key, arguments)
-  return conversion.from_config_dict(values)
+  return _with_local_paths(conversion.from_config_dict(values))
+
+
+def _with_local_paths(cfg: RunConfig) -> RunConfig:
+  """The configuration with its paths as `paths.local` has them.
+
+  The cache keeps its `~`: whoever evaluates the run has a home of their own.
+  """
+
+  def checked(key: str, rule: Callable[[str], str], path: str) -> str:
+    try:
+      return rule(path)
+    except UserError as error:
+      sentence = f"config.{key}: {error}"
+      raise UserError(sentence) from error
+
+  if cfg.compilation_cache is not None:
+    checked("compilation_cache", paths.local, cfg.compilation_cache)
+  if cfg.init_from is not None:
+    init_from = checked("init_from", paths.workdir, cfg.init_from)
+    cfg = dataclasses.replace(cfg, init_from=init_from)
+  folders = tuple(
+    checked("data.paths", paths.local, path) for path in cfg.data.paths
+  )
+  data = dataclasses.replace(cfg.data, paths=folders)
+  return dataclasses.replace(cfg, data=data)
 
 
 def _load_experiment(path: str) -> ConfigDict:
-  file, *argument = path.split(":", 1)
-  if not Path(file).is_file():
+  # A URL has a colon too, but nothing that ends in .py before it.
+  match = re.fullmatch(r"(.*?\.py):(.*)", path, re.DOTALL)
+  file, *argument = match.groups() if match else (path,)
+  file = paths.local(file) if file else file
+  if not os.path.isfile(file):
     raise UserError(
       f"There is no experiment file {file!r}; give --config=FILE.py, for "
       "example --config=experiments/quickstart.py."

@@ -1,41 +1,40 @@
-"""Reading documents: JSON lines, plain or compressed, and plain-text files.
+"""Reading documents: JSON lines and plain-text files, packed or not.
 
-Reading is a stream of pieces of bounded size, each with the place behind it, so
-that it can stop anywhere and go on from there. Pieces are cut into documents by
-`parse`, which other processes may run.
+What a file is read as, its content decides (`contents`). Reading is a stream of
+pieces of bounded size, each with the place behind it, so that it can stop
+anywhere and go on from there. Pieces are cut into documents by `parse`, which
+other processes may run.
 """
 
 import contextlib
 import dataclasses
-import gzip
 import hashlib
+import itertools
 import json
 import os
 import stat
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import IO, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
-import zstandard
-
-from xlstm_jax.data import format as files
+from xlstm_jax import paths
+from xlstm_jax.data import contents, json_lines, packings
 from xlstm_jax.errors import UserError
 
 DEFAULT_SOURCE = "default"
-SOURCE_KEY = "redpajama_set_name"
-LINE_SUFFIXES = tuple(
+# Of the rules by which inputs are read. By the first, names alone decided.
+RULES = 2
+
+_CRC_BYTES = 2**22
+_MAGIC_BYTES = 16
+_EMPTY_FILE = "empty file"
+_BOM = b"\xef\xbb\xbf"
+# What the first rules read as JSON lines; all else was one text.
+_LINES_BEFORE = tuple(
   f"{suffix}{packed}"
   for suffix in (".jsonl", ".ndjson")
   for packed in ("", ".gz", ".zst")
 )
-
-# One zstd block of 4 bytes can hold 128 KiB: what is fed at once bounds what
-# comes out at once, here 128 MiB from a file made to do harm.
-_ZSTD_READ_BYTES = 4096
-_CRC_BYTES = 2**22
-_EMPTY_FILE = "empty file"
-_BOM = b"\xef\xbb\xbf"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,16 +47,6 @@ class Input:
   source: str
   size: int
   mtime_ns: int
-
-  @property
-  def lines(self) -> bool:
-    """Whether it holds a JSON document a line, or is one text."""
-    return self.path.lower().endswith(LINE_SUFFIXES)
-
-  @property
-  def json(self) -> bool:
-    """Whether its name says that it is one JSON value, not one a line."""
-    return self.path.lower().endswith((".json", ".json.gz", ".json.zst"))
 
 
 class Inputs(NamedTuple):
@@ -83,8 +72,9 @@ class Place(NamedTuple):
 class Piece(NamedTuple):
   """Whole lines of one file, or one text; `problem` replaces unread data.
 
-  `line` numbers the first line from 1 and is 0 for a text. `end` is the place
-  behind the piece, `raw` the bytes of the file read for it so far.
+  `line` numbers the first line from 1 and is 0 for a text or a whole file.
+  `end` is the place behind the piece, `raw` the bytes of the file read for it
+  so far.
   """
 
   data: bytes
@@ -106,7 +96,7 @@ class Document(NamedTuple):
 
 
 class Problem(NamedTuple):
-  """Why a document was skipped; `line` is 0 for a text file."""
+  """Why a document was skipped; `line` is 0 for a whole file."""
 
   file: int
   line: int
@@ -118,6 +108,14 @@ class Problem(NamedTuple):
     return self.reason == _EMPTY_FILE
 
 
+class Parsed(NamedTuple):
+  """What a piece held; `empty` counts the lines that hold no text to lose."""
+
+  documents: list[Document]
+  problems: list[Problem]
+  empty: int = 0
+
+
 def find(arguments: Sequence[str]) -> Inputs:
   """The files that `PATH` or `SOURCE=PATH` arguments name, folders sorted.
 
@@ -125,7 +123,7 @@ def find(arguments: Sequence[str]) -> Inputs:
 
   Raises:
     UserError: a path does not exist, is neither a file nor a folder, is given
-      twice, names a JSON file, or no file is found.
+      twice, or no file is found.
   """
   found = Inputs([], 0, 0)
   for number, argument in enumerate(arguments):
@@ -133,9 +131,8 @@ def find(arguments: Sequence[str]) -> Inputs:
     if os.path.isdir(path):
       found = _find_in_folder(found, number, source, path)
     else:
-      one = _input(number, source, path, os.path.basename(path))
-      _refuse_json(one)
-      found.files.append(one)
+      name = os.path.basename(path)
+      found.files.append(_input(number, source, path, name))
   if not found.files:
     raise UserError(
       f"There is no file to read in {', '.join(arguments)} (passed over: "
@@ -164,20 +161,25 @@ def read(
   """The pieces of the inputs from a place on.
 
   A piece has about `piece_bytes`, more only for a longer document. Lines and
-  texts over `max_document_bytes` are not kept: their piece states the problem.
+  texts over `max_document_bytes` are not kept: their piece states the problem,
+  as does that of a file that holds something else.
 
   Raises:
-    UserError: a file cannot be read, or its compression is damaged.
+    UserError: a file cannot be read, or JSON lines cannot be unpacked.
   """
   place = start
   for number in range(start.file, len(inputs)):
     one = inputs[number]
     if number != place.file:
       place = Place(number, 0, 0, place.crc)
-    reader = _read_lines if one.lines else _read_text
-    for piece in reader(one, place, piece_bytes, max_document_bytes):
-      place = piece.end
-      yield piece
+    with _opened(one) as file:
+      if file.content.lines and file.head and not file.content.problem:
+        pieces = _read_lines(file, place, piece_bytes, max_document_bytes)
+      else:
+        pieces = _read_whole(file, place, max_document_bytes)
+      for piece in pieces:
+        place = piece.end
+        yield piece
 
 
 def content_crc(
@@ -186,65 +188,77 @@ def content_crc(
   """The CRC32 that a reader has at `place`, from reading all again."""
   crc = 0
   for number, one in enumerate(inputs[: place.file + 1]):
-    if not one.lines and one.size > max_document_bytes:
-      continue
     left = place.offset if number == place.file else None
-    for data, _ in _content(one, 0, _CRC_BYTES):
-      part = data[:left]
-      crc = zlib.crc32(part, crc)
-      left = None if left is None else left - len(part)
+    with _opened(one) as file:
+      if left == 0 or file.content.problem:
+        continue
+      if not file.content.lines:
+        text = _text(file, max_document_bytes)
+        crc = crc if isinstance(text, str) else zlib.crc32(text, crc)
+        continue
+      for data in file.parts(0, _CRC_BYTES):
+        part = data[:left]
+        crc = zlib.crc32(part, crc)
+        left = None if left is None else left - len(part)
   return crc
 
 
-def parse(
-  piece: Piece, *, max_document_bytes: int
-) -> tuple[list[Document], list[Problem]]:
+def read_otherwise(inputs: Sequence[Input]) -> Input | None:
+  """The first input that the rules before `RULES` read in another way."""
+  for one in inputs:
+    lower = one.path.lower()
+    lines = lower.endswith(_LINES_BEFORE)
+    named = packings.of_name(lower) if lines else None
+    with _opened(one) as file:
+      same = (lines, named) == (file.content.lines, file.packing)
+      if one.size and (file.content.problem or not same):
+        return one
+  return None
+
+
+def parse(piece: Piece, *, max_document_bytes: int) -> Parsed:
   """Cuts a piece into its documents and what cannot be one."""
   if piece.problem:
-    return [], [Problem(piece.file, piece.line, piece.problem)]
-  data = piece.data
-  if piece.line <= 1:
-    data = data.removeprefix(_BOM)
+    return Parsed([], [Problem(piece.file, piece.line, piece.problem)])
   if piece.line == 0:
-    try:
-      data.decode()
-    except UnicodeDecodeError as error:
-      return [], [Problem(piece.file, 0, f"not UTF-8: {error.reason}")]
-    if not data:
-      return [], [Problem(piece.file, 0, _EMPTY_FILE)]
-    return [Document(data, piece.source, piece.file, 0)], []
-  documents, problems = [], []
+    return _parse_text(piece)
+  found = Parsed([], [])
+  empty = 0
   for number, line in enumerate(
-    _decoded_lines(data, max_document_bytes), piece.line
+    _decoded_lines(piece.data, max_document_bytes), piece.line
   ):
     try:
-      text, source = _document(line, piece.source)
-      documents.append(Document(text, source, piece.file, number))
-    except (ValueError, RecursionError) as error:
-      problems.append(Problem(piece.file, number, _reason(error)))
-  return documents, problems
-
-
-def source_name(name: object) -> str:
-  """Checks the name of a source; raises ValueError saying what is wrong."""
-  if not isinstance(name, str) or not name or not name.isprintable():
-    raise ValueError(f"the source {str(name)[:40]!r} is not a printable name")
-  if len(name) > files.MAX_SOURCE_NAME:
-    raise ValueError(
-      f"the source name is longer than {files.MAX_SOURCE_NAME} characters"
-    )
-  return name
+      if isinstance(line, ValueError):
+        raise line
+      one = json_lines.document(line, piece.source)
+    except ValueError as error:
+      reason = json_lines.reason(error)
+      found.problems.append(Problem(piece.file, number, reason))
+      continue
+    if one is None:
+      empty += 1
+    else:
+      found.documents.append(Document(*one, piece.file, number))
+  return found._replace(empty=empty)
 
 
 def split_argument(argument: str) -> tuple[str, str]:
-  """The source and the path of `PATH` or `SOURCE=PATH`."""
-  if os.path.exists(argument):
-    return DEFAULT_SOURCE, argument
+  """The source and the path of `PATH` or `SOURCE=PATH`.
+
+  Raises:
+    UserError: there is nothing at the path, or it is none; the source has no
+      name that can be printed.
+  """
   name, separator, path = argument.partition("=")
-  if not separator or not os.path.exists(path):
-    raise UserError(f"There is no file or folder {path or argument}.")
+  whole = paths.reachable(argument)
+  if not separator or os.path.exists(whole):
+    name, path = DEFAULT_SOURCE, whole
+  else:
+    path = paths.reachable(path)
+  if not os.path.exists(path):
+    raise UserError(f"There is no file or folder {path}.")
   try:
-    return source_name(name), path
+    return json_lines.source_name(name), path
   except ValueError as error:
     raise UserError(f"--input={argument}: {error}.") from error
 
@@ -279,17 +293,11 @@ def _input(number: int, source: str, path: str, name: str) -> Input:
   except OSError as error:
     raise UserError(f"Cannot read {path}: {error.strerror}.") from error
   if not stat.S_ISREG(status.st_mode):
-    raise UserError(f"{path} is neither a regular file nor a folder.")
-  return Input(number, path, name, source, status.st_size, status.st_mtime_ns)
-
-
-def _refuse_json(one: Input) -> None:
-  if one.json:
     raise UserError(
-      f"{one.path} ends in .json and would be read as one text, JSON and all: "
-      "rename it to .jsonl if it holds a document a line, else turn it into "
-      "that, for example with jq -c '.[]'."
+      f"{path} is neither a regular file nor a folder; write what it gives to "
+      "a file, which can be read again to continue."
     )
+  return Input(number, path, name, source, status.st_size, status.st_mtime_ns)
 
 
 def _refuse_duplicates(inputs: Iterable[Input]) -> None:
@@ -301,47 +309,145 @@ def _refuse_duplicates(inputs: Iterable[Input]) -> None:
     seen.add(path)
 
 
-def _read_text(
-  one: Input, start: Place, piece_bytes: int, max_document_bytes: int
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+  """A file being read: what it is, and what it holds."""
+
+  one: Input
+  file: BinaryIO
+  packing: packings.Packing | None
+  content: contents.Content
+  head: bytes
+  rest: Iterator[bytes]
+
+  @property
+  def whole(self) -> bool:
+    """Whether the head is all there is."""
+    return len(self.head) < contents.HEAD_BYTES
+
+  def parts(self, offset: int, size: int) -> Iterator[bytes]:
+    """The unpacked content from `offset` on, in parts of `size`; once.
+
+    Raises:
+      packings.UnreadableError: it cannot be unpacked.
+      UserError: the file has changed.
+    """
+    if self.packing is None and not self.whole:
+      self.file.seek(offset)
+      yield from iter(lambda: self.file.read(size), b"")
+    else:
+      parts = itertools.chain((self.head,), self.rest)
+      yield from _regrouped(_skip(parts, offset), size)
+    if self.file.tell() != self.one.size:
+      raise _changed(self.one)
+
+
+@contextlib.contextmanager
+def _opened(one: Input) -> Iterator[_Opened]:
+  """Opens a file and looks what it holds; within, failures name the file."""
+  try:
+    with open(one.path, "rb") as file:
+      packing = packings.of(file.read(_MAGIC_BYTES))
+      file.seek(0)
+      unpacked = (
+        packings.unpacked(file, packing)
+        if packing
+        else iter(lambda: file.read(contents.HEAD_BYTES), b"")
+      )
+      head, rest = _head(unpacked)
+      content = contents.recognize(
+        one.name,
+        packing,
+        head[: contents.HEAD_BYTES],
+        whole=len(head) < contents.HEAD_BYTES,
+      )
+      yield _Opened(one, file, packing, content, head, rest)
+  except packings.UnreadableError as error:
+    raise UserError(f"{one.path} {error}.") from error
+  except OSError as error:
+    raise UserError(
+      f"Cannot read {one.path}: {error.strerror or error}."
+    ) from error
+
+
+def _head(parts: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+  """At least `HEAD_BYTES` of a stream, if it has them, and what follows."""
+  held, size = [], 0
+  try:
+    while (
+      size < contents.HEAD_BYTES and (part := next(parts, None)) is not None
+    ):
+      held.append(part)
+      size += len(part)
+  except packings.UnreadableError as error:
+    parts = _raising(error)
+  return b"".join(held), parts
+
+
+def _raising(error: packings.UnreadableError) -> Iterator[bytes]:
+  raise error
+  yield b""
+
+
+def _read_whole(
+  file: _Opened, start: Place, max_document_bytes: int
 ) -> Iterator[Piece]:
-  del piece_bytes
+  """One text, or nothing where the file is empty or holds something else."""
   if start.line:
     return
-  if one.size > max_document_bytes:
-    end = start._replace(line=1)
-    problem = _too_long(max_document_bytes)
-    yield Piece(b"", start.file, 0, one.source, end, one.size, problem)
+  one, end = file.one, start._replace(line=1)
+  text: bytes | str = file.content.problem or _text(file, max_document_bytes)
+  if isinstance(text, str):
+    yield Piece(b"", start.file, 0, one.source, end, one.size, text)
     return
+  crc = zlib.crc32(text, start.crc)
+  end = Place(start.file, len(text), 1, crc)
+  yield Piece(text, start.file, 0, one.source, end, one.size)
+
+
+def _text(file: _Opened, max_document_bytes: int) -> bytes | str:
+  """The content of a file, or why it is none."""
+  too_long = _too_long(max_document_bytes)
+  if file.packing is None and file.one.size > max_document_bytes:
+    return too_long
+  most = file.one.size if file.packing is None else max_document_bytes
+  parts, size = [], 0
   try:
-    data = Path(one.path).read_bytes()
-  except OSError as error:
-    raise UserError(f"Cannot read {one.path}: {error.strerror}.") from error
-  if len(data) != one.size:
-    raise _changed(one)
-  end = Place(start.file, len(data), 1, zlib.crc32(data, start.crc))
-  yield Piece(data, start.file, 0, one.source, end, len(data))
+    # All at once, or more than there may be.
+    for part in file.parts(0, most + 1):
+      parts.append(part)
+      size += len(part)
+      if size > max_document_bytes:
+        return too_long
+  except packings.UnreadableError as error:
+    if file.content.lines:
+      raise
+    return str(error)
+  return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _read_lines(
-  one: Input, start: Place, piece_bytes: int, max_document_bytes: int
+  file: _Opened, start: Place, piece_bytes: int, max_document_bytes: int
 ) -> Iterator[Piece]:
   seen = start
+  source = file.one.source
   tail: list[bytes] = []
   dropping = False
-  for data, raw in _content(one, start.offset, piece_bytes):
+  for data in file.parts(start.offset, piece_bytes):
+    raw = file.file.tell()
     if dropping:
       first = data.find(b"\n") + 1
       seen = _behind(seen, data[:first] if first else data)
       if not first:
         continue
       problem = _too_long(max_document_bytes)
-      yield Piece(b"", seen.file, seen.line, one.source, seen, raw, problem)
+      yield Piece(b"", seen.file, seen.line, source, seen, raw, problem)
       data, dropping = data[first:], False
     cut = data.rfind(b"\n") + 1
     if cut:
       whole, line = b"".join((*tail, data[:cut])), seen.line + 1
       seen = _behind(seen, data[:cut])
-      yield Piece(whole, seen.file, line, one.source, seen, raw)
+      yield Piece(whole, seen.file, line, source, seen, raw)
       tail = []
     tail.append(data[cut:])
     seen = _behind(seen, data[cut:])
@@ -351,7 +457,7 @@ def _read_lines(
   if whole or dropping:
     problem = _too_long(max_document_bytes) if dropping else None
     end = seen._replace(line=line)
-    yield Piece(whole, end.file, line, one.source, end, one.size, problem)
+    yield Piece(whole, end.file, line, source, end, file.one.size, problem)
 
 
 def _behind(place: Place, data: bytes) -> Place:
@@ -374,61 +480,19 @@ def _too_long(max_document_bytes: int) -> str:
   return f"longer than {max_document_bytes} bytes"
 
 
-def _content(
-  one: Input, offset: int, piece_bytes: int
-) -> Iterator[tuple[bytes, int]]:
-  """Decompressed content from `offset` on, and the bytes of the file read."""
-  try:
-    with open(one.path, "rb") as file:
-      parts: list[bytes] = []
-      held = 0
-      for part in _decompressed(one, file, offset, piece_bytes):
-        parts.append(part)
-        held += len(part)
-        if held >= piece_bytes:
-          yield b"".join(parts), file.tell()
-          parts, held = [], 0
-      yield b"".join(parts), file.tell()
-      if file.tell() != one.size:
-        raise _changed(one)
-  except (EOFError, zlib.error, zstandard.ZstdError) as error:
-    raise UserError(f"{one.path} is truncated or damaged: {error}.") from error
-  except OSError as error:
-    raise UserError(
-      f"Cannot read {one.path}: {error.strerror or error}."
-    ) from error
-
-
-def _decompressed(
-  one: Input, file: BinaryIO, offset: int, piece_bytes: int
-) -> Iterator[bytes]:
-  path = one.path.lower()
-  if one.lines and path.endswith(".gz"):
-    with gzip.open(file) as stream:
-      yield from _skip(_reads(stream, piece_bytes), offset)
-  elif one.lines and path.endswith(".zst"):
-    yield from _skip(_zstd(file), offset)
-  else:
-    file.seek(offset)
-    yield from _reads(file, piece_bytes)
-
-
-def _reads(file: IO[bytes] | gzip.GzipFile, size: int) -> Iterator[bytes]:
-  return iter(lambda: file.read(size), b"")
-
-
-def _zstd(file: BinaryIO) -> Iterator[bytes]:
-  # Not `stream_reader`: it takes the end of a truncated file for the end.
-  decompressor = zstandard.ZstdDecompressor()
-  frame = None
-  for data in _reads(file, _ZSTD_READ_BYTES):
-    while data:
-      frame = frame or decompressor.decompressobj()
-      yield frame.decompress(data)
-      data = frame.unused_data if frame.eof else b""
-      frame = None if frame.eof else frame
-  if frame:
-    raise EOFError("the file ends inside a zstd frame")
+def _regrouped(parts: Iterable[bytes], size: int) -> Iterator[bytes]:
+  """The same bytes in parts of `size`, and a last one that may be empty."""
+  held: list[bytes] = []
+  count = 0
+  for part in parts:
+    held.append(part)
+    count += len(part)
+    if count >= size:
+      data = b"".join(held)
+      end = count - count % size
+      yield from (data[at : at + size] for at in range(0, end, size))
+      held, count = [data[end:]], count - end
+  yield b"".join(held)
 
 
 def _skip(parts: Iterable[bytes], count: int) -> Iterator[bytes]:
@@ -437,10 +501,22 @@ def _skip(parts: Iterable[bytes], count: int) -> Iterator[bytes]:
     count = max(0, count - len(part))
 
 
+def _parse_text(piece: Piece) -> Parsed:
+  data = piece.data.removeprefix(_BOM)
+  if not data:
+    return Parsed([], [Problem(piece.file, 0, _EMPTY_FILE)])
+  try:
+    data.decode()
+  except UnicodeDecodeError as error:
+    reason = json_lines.reason(error)
+    return Parsed([], [Problem(piece.file, 0, reason)])
+  return Parsed([Document(data, piece.source, piece.file, 0)], [])
+
+
 def _decoded_lines(
   data: bytes, max_document_bytes: int
 ) -> Iterator[str | ValueError]:
-  """The lines as text; one that is too long or not UTF-8 as an error."""
+  """The lines as `json_lines` wants them; one that is too long as an error."""
   data = data.removesuffix(b"\n")
   if len(data) <= max_document_bytes:
     with contextlib.suppress(UnicodeDecodeError):
@@ -452,41 +528,4 @@ def _decoded_lines(
 def _decoded(line: bytes, max_document_bytes: int) -> str | ValueError:
   if len(line) > max_document_bytes:
     return ValueError(_too_long(max_document_bytes))
-  try:
-    return line.decode()
-  except UnicodeDecodeError as error:
-    return error
-
-
-def _document(line: str | ValueError, source: str) -> tuple[bytes, str]:
-  if isinstance(line, ValueError):
-    raise line
-  if not line or line.isspace():
-    raise ValueError("empty line")
-  value = json.loads(line)
-  if not isinstance(value, dict):
-    raise ValueError("not a JSON object")
-  text = value.get("text")
-  if not isinstance(text, str):
-    raise ValueError('no "text" that is a string')
-  if not text:
-    raise ValueError("empty text")
-  meta = value.get("meta")
-  if meta is not None and not isinstance(meta, dict):
-    raise ValueError('"meta" is not an object')
-  if meta and SOURCE_KEY in meta:
-    source = source_name(meta[SOURCE_KEY])
-  return text.encode(), source
-
-
-def _reason(error: ValueError | RecursionError) -> str:
-  match error:
-    case json.JSONDecodeError():
-      return f"not JSON: {error.msg} at column {error.colno}"
-    case UnicodeDecodeError():
-      return f"not UTF-8: {error.reason}"
-    case UnicodeEncodeError():
-      return "a lone surrogate, which no UTF-8 text can hold"
-    case RecursionError():
-      return "nested too deeply"
-  return str(error)
+  return line.decode(errors="surrogateescape")

@@ -35,7 +35,8 @@ class EncodedSplit:
 class Encoded:
   """What became of some pieces; the place behind the last one is `end`.
 
-  `sources` are in the order in which the documents name them first.
+  `sources` are in the order in which the documents name them first. `empty`
+  counts the lines without text.
   """
 
   end: documents.Place
@@ -43,6 +44,7 @@ class Encoded:
   splits: dict[str, EncodedSplit]
   sources: list[str]
   problems: list[documents.Problem]
+  empty: int
 
 
 class Encoder:
@@ -61,13 +63,14 @@ class Encoder:
 
   def __call__(self, pieces: Sequence[documents.Piece]) -> Encoded:
     """Encodes the documents of consecutive pieces."""
-    found, problems = [], []
+    found, problems, empty = [], [], 0
     for piece in pieces:
-      parsed, wrong = documents.parse(
+      parsed = documents.parse(
         piece, max_document_bytes=self._max_document_bytes
       )
-      found += parsed
-      problems += wrong
+      found += parsed.documents
+      problems += parsed.problems
+      empty += parsed.empty
     names = dict.fromkeys(document.source for document in found)
     sources = {name: i for i, name in enumerate(names)}
     chosen = {name: [] for name in files.SPLITS}
@@ -83,6 +86,7 @@ class Encoder:
       splits=splits,
       sources=list(sources),
       problems=sorted(problems),
+      empty=empty,
     )
 
   def _encode(

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from xlstm_jax import paths
 from xlstm_jax.errors import UserError, shown
 
 FORMAT = "xlstm_jax token shards"
@@ -207,6 +208,8 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
   Raises UserError where there is none, where preparation was interrupted, and
   where it was altered.
   """
+  # A path that cannot be reached is not one that holds nothing.
+  paths.reachable(os.fspath(directory))
   path = Path(directory) / MANIFEST
   if not path.exists():
     if (path.parent / PROGRESS).exists():

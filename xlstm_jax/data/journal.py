@@ -32,7 +32,9 @@ class Journal:
     sources: the names of the source ids.
     splits: what is durable of each split.
     skipped: documents that could not be read, as listed in `skipped.jsonl`.
-    empty_files: text files without text.
+    empty_files: files without text.
+    empty_lines: lines of JSON lines without text.
+    rules: by which the inputs are read, see `documents.RULES`.
   """
 
   settings: dict[str, Any]
@@ -48,6 +50,8 @@ class Journal:
   )
   skipped: int = 0
   empty_files: int = 0
+  empty_lines: int = 0
+  rules: int = documents.RULES
 
   @property
   def totals(self) -> dict[str, files.Counts]:
@@ -96,6 +100,8 @@ def _from_fields(fields: files.Fields) -> Journal:
   if not all(type(name) is str for name in sources):
     raise fields.error("sources", "a list of names", sources)
   splits = fields.fields("splits")
+  # The first rules had no number and took empty lines for bad ones.
+  numbered = "rules" in fields.names()
   return Journal(
     settings=fields.get("settings", dict, "an object"),
     listing=fields.get("listing", str, "a string"),
@@ -109,6 +115,8 @@ def _from_fields(fields: files.Fields) -> Journal:
     },
     skipped=fields.integer("skipped", 0, 2**63),
     empty_files=fields.integer("empty_files", 0, 2**63),
+    empty_lines=fields.integer("empty_lines", 0, 2**63) if numbered else 0,
+    rules=fields.integer("rules", 2, documents.RULES) if numbered else 1,
   )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,14 @@ END_OF_TEXT_NAMES = (
   "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )
 _MAX_FILE_BYTES = 512 * 2**20
+# Encoding takes about 140 bytes a byte of text: longer texts are encoded in
+# windows of so many characters, which overlap.
+_WINDOW = 2**18
+_OVERLAP = 2**13
+# Tokens that must be the same on either side of where windows are joined.
+_SHARED = 32
+# Not \b, which takes the end of what is searched for an edge.
+_WORD_EDGE = re.compile(r"(?<=\w)\W|(?<=\W)\w")
 
 
 class StreamDecoder:
@@ -267,11 +276,58 @@ class HuggingFaceTokenizer(Tokenizer):
     super().save(directory)
 
   def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+    short = iter(self._encode_whole([t for t in texts if len(t) <= _WINDOW]))
+    return [
+      next(short) if len(text) <= _WINDOW else self._encode_long(text)
+      for text in texts
+    ]
+
+  def _encode_whole(self, texts: Sequence[str]) -> list[np.ndarray]:
     with _explained("the tokenizer failed on a text"):
       encoded = self._tokenizer.encode_batch_fast(
         texts, add_special_tokens=False
       )
     return [np.array(one.ids, self.dtype) for one in encoded]
+
+  def _encode_long(self, text: str) -> np.ndarray:
+    """The ids of a long text, in the memory that a window of it takes.
+
+    Windows overlap. What they share is encoded alone too: it has its beginning
+    in common with the second window, and its end with the first. In the middle
+    all three have the same tokens, and there the windows are joined, if a word
+    ends or begins behind that place: only there does the second window surely
+    no longer depend on where it began, as it does among digits that are taken
+    by threes. Where this fails, as in a word without end, the first one grows.
+    """
+    parts: list[np.ndarray] = []
+    start, end, begin = 0, _WINDOW, 0
+    [left] = self._encode_whole([text[start:end]])
+    while end < len(text):
+      second = end - _OVERLAP
+      [right] = self._encode_whole([text[second : second + _WINDOW]])
+      shared, starts = self._encode_with_starts(text[second:end])
+      joint, last = _shared_tokens(left, shared, right)
+      if joint < last and _WORD_EDGE.search(
+        text, second + starts[joint] + 1, second + starts[last]
+      ):
+        parts.append(left[begin : len(left) - len(shared) + joint])
+        left, begin = right, joint
+        start, end = second, second + _WINDOW
+        continue
+      end = start + 2 * (end - start)
+      [grown] = self._encode_whole([text[start:end]])
+      if _equal(left, grown) < begin + _SHARED:
+        # What follows changes what was joined before: only the whole will do.
+        return self._encode_whole([text])[0]
+      left = grown
+    return np.concatenate((*parts, left[begin:]))
+
+  def _encode_with_starts(self, text: str) -> tuple[np.ndarray, list[int]]:
+    """The ids of a text, and the character at which each token begins."""
+    with _explained("the tokenizer failed on a text"):
+      encoded = self._tokenizer.encode(text, add_special_tokens=False)
+    ids = np.array(encoded.ids, self.dtype)
+    return ids, [start for start, _ in encoded.offsets]
 
   def _encode_apart(self, text: str) -> np.ndarray | None:
     """Encodes a text in which the model sees the end-of-text token's name.
@@ -286,6 +342,27 @@ class HuggingFaceTokenizer(Tokenizer):
     parts[1:] = [name[half:] + part for part in parts[1:]]
     tokens = np.concatenate(self._encode(parts))
     return None if (tokens == self.end_of_text).any() else tokens
+
+
+def _shared_tokens(
+  left: np.ndarray, shared: np.ndarray, right: np.ndarray
+) -> tuple[int, int]:
+  """Tokens of `shared`: one in the middle, and the last, that all three have.
+
+  The ids are those of two windows and of their overlap. They are the same from
+  `_SHARED` tokens before the first of the two until as many behind the last;
+  that is before the first where there are none.
+  """
+  last = _equal(shared, right) - _SHARED
+  first = len(shared) - _equal(shared[::-1], left[::-1]) + _SHARED
+  return max((first + last) // 2, first), last
+
+
+def _equal(one: np.ndarray, other: np.ndarray) -> int:
+  """How many first entries are the same."""
+  size = min(len(one), len(other))
+  differ = np.flatnonzero(one[:size] != other[:size])
+  return int(differ[0]) if len(differ) else size
 
 
 def load(
@@ -338,6 +415,25 @@ def train(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
   tokenizer.train_from_iterator(texts, trainer)
   data = tokenizer.to_str(pretty=True).encode()
   return HuggingFaceTokenizer(data, Path(HUGGING_FACE_FILE))
+
+
+def training_parts(text: str) -> Iterator[str]:
+  """A long text in parts that train a tokenizer as the whole does.
+
+  They end before a blank or a line end behind a word, where the trained
+  tokenizer always begins something new; a word without end is cut.
+  """
+  start = 0
+  while len(text) - start > _WINDOW:
+    stop = start + _WINDOW
+    while stop > start and not (
+      text[stop] in " \n" and not text[stop - 1].isspace()
+    ):
+      stop = max(text.rfind(c, start, stop) for c in " \n")
+    stop = stop if stop > start else start + _WINDOW
+    yield text[start:stop]
+    start = stop
+  yield text[start:]
 
 
 def _load_saved(directory: Path) -> Tokenizer:

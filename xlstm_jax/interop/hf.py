@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from xlstm_jax import config
+from xlstm_jax import config, paths
 from xlstm_jax.data import tokenizer as tokenizers
 from xlstm_jax.errors import UserError, exit_code
 from xlstm_jax.interop import large, tensor_files, tokenizer_files, workdir
@@ -239,11 +239,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     "The tokenizer is taken along.",
   )
   add.add_argument(
-    "--input", type=pathlib.Path, required=True, help="the checkpoint folder"
+    "--input",
+    type=paths.argument(paths.reachable),
+    required=True,
+    help="the checkpoint folder",
   )
   add.add_argument(
     "--workdir",
-    type=pathlib.Path,
+    type=paths.argument(paths.new_workdir),
     required=True,
     help="a new or empty folder for the workdir",
   )
@@ -254,11 +257,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     "workdir's tokenizer; says on stderr what transformers does wrong.",
   )
   add.add_argument(
-    "--workdir", type=pathlib.Path, required=True, help="of a run"
+    "--workdir",
+    type=paths.argument(paths.workdir),
+    required=True,
+    help="of a run",
   )
   add.add_argument(
     "--output",
-    type=pathlib.Path,
+    type=paths.argument(paths.new_folder),
     required=True,
     help="a new or empty folder for the checkpoint",
   )
@@ -303,15 +309,15 @@ def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
   args: Any = parse_arguments(argv)
   if args.command == "import":
-    cfg = import_folder(args.input, args.workdir)
+    cfg = import_folder(pathlib.Path(args.input), pathlib.Path(args.workdir))
     print(
       f"Imported a model of {cfg.num_blocks} blocks and width {cfg.width} into "
       f"{args.workdir}."
     )
     return
   told = export_folder(
-    args.workdir,
-    args.output,
+    pathlib.Path(args.workdir),
+    pathlib.Path(args.output),
     step=args.step,
     dtype=args.dtype,
     weight_mode=args.weight_mode,

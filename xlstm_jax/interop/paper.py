@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from xlstm_jax import paths
 from xlstm_jax.errors import UserError, exit_code, shown
 from xlstm_jax.interop import tensor_files, workdir
 from xlstm_jax.interop.names import ALL, Format, tensor
@@ -315,13 +316,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
   )
   add.add_argument(
     "--input",
-    type=pathlib.Path,
+    type=paths.argument(paths.reachable),
     required=True,
     help="the folder with both files",
   )
   add.add_argument(
     "--workdir",
-    type=pathlib.Path,
+    type=paths.argument(paths.new_workdir),
     required=True,
     help="a new or empty folder for the workdir",
   )
@@ -331,7 +332,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
   args = parse_arguments(argv)
-  cfg = import_folder(args.input, args.workdir)
+  cfg = import_folder(pathlib.Path(args.input), pathlib.Path(args.workdir))
   print(
     f"Imported a model of {cfg.num_blocks} blocks and width {cfg.width} into "
     f"{args.workdir}."

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from xlstm_jax import config, metrics
+from xlstm_jax import config, metrics, paths
 from xlstm_jax.cells.mlstm import KERNELS
 from xlstm_jax.errors import UserError, exit_code
 from xlstm_jax.plan import machines, program
@@ -72,7 +72,10 @@ def main(argv: list[str] | None = None) -> int:
     help="find the largest batch that fits and what must be recomputed for it",
   )
   parser.add_argument(
-    "--json", type=Path, metavar="FILE", help="write the plan there as well"
+    "--json",
+    type=paths.argument(paths.new_file),
+    metavar="FILE",
+    help="write the plan there as well",
   )
   options, overrides = parser.parse_known_args(argv)
   # Tracing needs no accelerator: none is looked for.
@@ -175,15 +178,15 @@ def _verdict(found: Plan) -> str:
   )
 
 
-def _write(path: Path, found: Plan) -> None:
+def _write(file: str, found: Plan) -> None:
   values = dataclasses.asdict(found) | {
     "fits": found.fits,
     "collectives": {k: t._asdict() for k, t in found.collectives.items()},
   }
   try:
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    Path(file).write_text(json.dumps(values, indent=2) + "\n")
   except OSError as error:
-    raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+    raise UserError(f"{file} cannot be written: {error.strerror}.") from error
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from xlstm_jax import checkpoints, config
+from xlstm_jax import checkpoints, config, paths
 from xlstm_jax.train import loop, peers, processes
 from xlstm_jax.train.interrupt import Interrupt
 from xlstm_jax.train.status import Status
@@ -68,7 +68,11 @@ def main(argv: Sequence[str], stopped: Interrupt) -> int:
     help="experiment file; FILE.py:TEXT calls its get_config(TEXT)",
   )
   parser.add_argument(
-    "--workdir", required=True, metavar="DIR", help="folder of the run"
+    "--workdir",
+    type=paths.argument(paths.workdir),
+    required=True,
+    metavar="DIR",
+    help="folder of the run",
   )
   processes.add_flags(parser)
   options, overrides = parser.parse_known_args(argv)
