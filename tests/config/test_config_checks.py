@@ -71,6 +71,21 @@ def test_a_configuration_that_fits_passes():
   )
 
 
+def test_a_feed_forward_that_no_block_has_may_have_any_size():
+  blocks = {"model__slstm_at": tuple(range(24)), "mesh__tensor": 2}
+  without = blocks | {"model__slstm__feedforward": False}
+  for odd in (
+    {"model__feedforward__round_to": 3},
+    {
+      "model__feedforward__factor": 1e-9,
+      "model__feedforward__rounding": "floor",
+    },
+  ):
+    config.validate(cfg(**without, **odd), manifest(), 8)
+    with pytest.raises(UserError, match="feedforward"):
+      config.validate(cfg(**blocks, **odd), manifest(), 8)
+
+
 def test_there_may_be_no_data_yet():
   config.validate(cfg(model__vocab_size=1), None, 8)
 
@@ -139,6 +154,11 @@ def test_there_may_be_no_data_yet():
       {"model__mlstm_block": "large", "model__feedforward__round_to": 3}
       | {"mesh__tensor": 2},
       r"has 999 hidden units; mesh\.tensor=2 .*round_to to a multiple of 2",
+    ),
+    (
+      {"model__slstm_at": (1,), "model__feedforward__round_to": 3}
+      | {"mesh__tensor": 2},
+      r"has 999 hidden units; mesh\.tensor=2 ",
     ),
     (
       {"model__mlstm__qkv_block": 512, "mesh__tensor": 2},

@@ -359,7 +359,6 @@ def test_rounding_down_gives_the_repositorys_size(width, factor, multiple):
     ),
     ("feedforward", {"act_fn": "tanh"}, "feedforward.act_fn is 'tanh'"),
     ("feedforward", {"ff_type": "ffn"}, "ff_type is 'ffn'"),
-    ("feedforward", None, "slstm_block.feedforward is null"),
     ("feedforward", "gated", "feedforward is 'gated'; it must be an object"),
   ],
 )

@@ -60,6 +60,7 @@ OPTIONS = {
     "num_heads": (1, 2, 4),
     "conv_window": (0, 1, 4),
     "head_norm_scale": (True, False),
+    "feedforward": (True, False),
   },
   "feedforward": {
     "factor": (1.3, 2.67),

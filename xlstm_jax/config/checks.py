@@ -120,7 +120,7 @@ def _channel_problems(cfg: RunConfig) -> Iterator[str]:
       f"has no channel left of mlstm_large.qk_factor={large.qk_factor} or "
       f"v_factor={large.v_factor}: raise the factor or the width."
     )
-  if {"slstm", "mlstm_large"} & {*cfg.model.kinds} and not (
+  if any(map(cfg.model.has_feedforward, cfg.model.kinds)) and not (
     cfg.model.feedforward.hidden(width)
   ):
     yield (
@@ -222,7 +222,7 @@ def _unit_problems(cfg: RunConfig, tensor: int) -> Iterator[str]:
   """
   kinds, width = set(cfg.model.kinds), cfg.model.width
   hidden = cfg.model.feedforward.hidden(width)
-  if kinds != {"mlstm"} and hidden % tensor:
+  if any(map(cfg.model.has_feedforward, kinds)) and hidden % tensor:
     yield (
       f"config.model.feedforward has {hidden} hidden units; "
       f"mesh.tensor={tensor} cannot split them evenly: set "

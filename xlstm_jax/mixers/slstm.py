@@ -32,6 +32,7 @@ class SLSTMConfig:
       which depends on the block's depth; forget gates from 3 to 6; or
       U(+-1/sqrt(width)).
     head_norm_scale: the head norm has a learned scale.
+    feedforward: A feed-forward follows the mixer in its block.
   """
 
   cell: Literal["slstm", "lstm"] = "slstm"
@@ -40,6 +41,7 @@ class SLSTMConfig:
   recurrent_init: Literal["zeros", "uniform"] = "zeros"
   bias_init: Literal["power_law", "linspace", "uniform"] = "power_law"
   head_norm_scale: bool = True
+  feedforward: bool = True
 
 
 _UNITS = ("batch", "heads", None)

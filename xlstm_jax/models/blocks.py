@@ -20,7 +20,8 @@ class Block(nnx.Module):
   """`x + mixer(norm(x))`, then `x + feedforward(norm(x))`.
 
   The paper's mLSTM block projects up inside its mixer and has no
-  feed-forward; sLSTM and 7B blocks have one.
+  feed-forward; 7B blocks have one, and sLSTM blocks where `slstm.feedforward`
+  is set.
 
   Args:
     cfg: the model's.
@@ -45,7 +46,7 @@ class Block(nnx.Module):
     self.norm = norm()
     self.mixer = _mixer(cfg, kind, index, compute=compute, rngs=rngs)
     self.mixer_post_norm = norm() if cfg.post_norm else None
-    feeds = kind != "mlstm"
+    feeds = cfg.has_feedforward(kind)
     self.feedforward_norm = norm() if feeds else None
     self.feedforward = (
       FeedForward(

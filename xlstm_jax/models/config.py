@@ -30,7 +30,7 @@ class ModelConfig:
     mlstm: the mixer of "paper" mLSTM blocks.
     mlstm_large: the mixer of "large" mLSTM blocks.
     slstm: the mixer of sLSTM blocks.
-    feedforward: of sLSTM and of "large" mLSTM blocks.
+    feedforward: of sLSTM blocks, if they have one, and of "large" mLSTM blocks.
     norm: before mixers and feed-forwards, and after the last block.
     head_norm: of the cells' outputs, per head.
     out_norm: norm after the last block.
@@ -100,6 +100,14 @@ class ModelConfig:
     return tuple(
       "slstm" if at in self.slstm_at else other for at in range(self.num_blocks)
     )
+
+  def has_feedforward(self, kind: BlockKind) -> bool:
+    """Whether a feed-forward follows the mixer in blocks of this kind."""
+    return {
+      "mlstm": False,
+      "mlstm_large": True,
+      "slstm": self.slstm.feedforward,
+    }[kind]
 
   @property
   def memory(self) -> MLSTMConfig | MLSTMLargeConfig:

@@ -9,7 +9,7 @@ import math
 
 import jax
 
-from xlstm_jax.models.config import ModelConfig
+from xlstm_jax.models.config import BlockKind, ModelConfig
 from xlstm_jax.models.language_model import Definition
 
 
@@ -35,9 +35,11 @@ def train_flops_per_token(
   return 3.0 * (head + blocks)
 
 
-def _block(cfg: ModelConfig, kind: str, context: int, chunk: int | None):
+def _block(cfg: ModelConfig, kind: BlockKind, context: int, chunk: int | None):
   d = cfg.width
-  feedforward = 6 * d * cfg.feedforward.hidden(d)
+  feedforward = 0
+  if cfg.has_feedforward(kind):
+    feedforward = 6 * d * cfg.feedforward.hidden(d)
   match kind:
     case "mlstm":
       m, inner = cfg.mlstm, cfg.mlstm.inner(d)
