@@ -10,7 +10,7 @@ PACKAGE = ROOT / "xlstm_jax"
 # Each line is a floor; what stands on one line does not know its neighbours.
 FLOORS = (
   ("errors",),
-  ("sharding", "checksums"),
+  ("sharding", "checksums", "ranges"),
   ("cells",),
   ("layers",),
   ("mixers",),

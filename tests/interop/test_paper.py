@@ -165,6 +165,10 @@ def test_a_run_exports_with_its_context_and_its_hidden_units(
   ("changes", "message"),
   [
     ({"mlstm_block": "large"}, "whose mlstm_block is 'large'"),
+    (
+      {"slstm_at": (), "pattern": ("slstm", "mlstm_large")},
+      r"whose pattern is \('slstm', 'mlstm_large'\): it has the paper's blocks",
+    ),
     ({"post_norm": True}, "whose post_norm is True"),
     ({"logit_cap": 30.0}, "whose logit_cap is 30.0: it has no caps"),
     ({"norm": NormConfig("rms")}, "whose norm is NormConfig"),
@@ -187,6 +191,12 @@ def test_what_the_repository_does_not_have_is_refused(changes, message):
   cfg = dataclasses.replace(ModelConfig(slstm_at=(1,)), **changes)
   with pytest.raises(UserError, match=message):
     paper.paper_config(cfg, context=64, slstm_layout="vanilla")
+
+
+def test_a_pattern_is_exported_by_the_places_of_its_slstm_blocks():
+  cfg = ModelConfig(num_blocks=5, pattern=("mlstm", "slstm"))
+  content = paper.paper_config(cfg, context=64, slstm_layout="vanilla")
+  assert content["slstm_at"] == [1, 3]
 
 
 def test_what_a_model_does_not_use_may_be_anything():

@@ -459,9 +459,9 @@ def _check_expressible(cfg: ModelConfig) -> None:
     ),
     ("logit_cap", cfg.logit_cap, cfg.logit_cap is None, "it has no caps"),
     (
-      "mlstm_block",
-      cfg.mlstm_block,
-      "mlstm_large" not in cfg.kinds,
+      "pattern" if cfg.pattern else "mlstm_block",
+      cfg.pattern or cfg.mlstm_block,
+      {*cfg.kinds} <= {"mlstm", "slstm"},
       "it has the paper's blocks alone, and xlstm_jax.interop.hf exports the "
       "others",
     ),
