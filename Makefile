@@ -10,13 +10,17 @@ BIN = $(VENV)/bin
 WORKDIR ?= runs/quickstart
 TESTS ?= tests
 WORKERS ?= 2
+# Of test-interop: a Python and a PyTorch that transformers runs with.
+HF_PYTHON ?= $(PYTHON)
+HF_TORCH ?= torch
+EXPORTS ?= runs/interop
 
 ifeq ($(EXTRA),cpu)
 # No search for accelerators, of which libtpu complains where there are none.
 export JAX_PLATFORMS ?= cpu
 endif
 
-.PHONY: quickstart test test-slow lint format lock clean help
+.PHONY: quickstart test test-slow test-interop lint format lock clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +33,16 @@ test: $(VENV)/plan-installed  ## the quick tests
 
 test-slow: $(VENV)/plan-installed  ## the heavier tests
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(TESTS)
+
+test-interop: $(VENV)/installed .venv-interop-4/installed .venv-interop-5/installed  ## let transformers 4.57 and 5 read exports (GBs of PyTorch)
+	rm -rf $(EXPORTS)
+	PYTHONPATH=. $(BIN)/python tests/interop/exported.py $(EXPORTS)
+	for version in 4 5; do \
+	  env -u PYTHONPATH HF_HUB_OFFLINE=1 .venv-interop-$$version/bin/python \
+	    tests/interop/read_by_transformers.py $(EXPORTS) \
+	    tests/interop/transformers-$$version.json || exit 1; \
+	done
+	$(BIN)/python -m pytest tests/interop/test_transformers.py
 
 lint: $(VENV)/installed  ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -48,8 +62,8 @@ lock:  ## pin the newest versions again, for both ends of the jax range
 	  --no-header --no-emit-index-url --extra cpu --extra cuda13 --extra tpu \
 	  --extra dev --extra plan --upgrade --constraint - pyproject.toml -o constraints/jax-0.11.txt
 
-clean:  ## remove the environment
-	rm -rf $(VENV)
+clean:  ## remove the environments
+	rm -rf $(VENV) .venv-interop-4 .venv-interop-5
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { \
@@ -61,4 +75,12 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 
 $(VENV)/plan-installed: $(VENV)/installed
 	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[$(EXTRA),dev,plan]'
+	@touch $@
+
+.venv-interop-4/installed: TRANSFORMERS = 4.57.*
+.venv-interop-5/installed: TRANSFORMERS = 5.*
+.venv-interop-%/installed:
+	$(HF_PYTHON) -m venv .venv-interop-$*
+	.venv-interop-$*/bin/python -m pip install -q '$(HF_TORCH)' \
+	  'transformers==$(TRANSFORMERS)' 'lm-eval[hf]==0.4.*'
 	@touch $@

@@ -6,6 +6,8 @@
   python -m xlstm_jax.train --config=experiments/quickstart.py \\
     --workdir=runs/quickstart
 
+Machine: any CPU (cpu), with 2 GiB of memory for the step.
+
 Cost: measured on 2 CPU cores, 3m10s in all, 4m00s with the environment.
 
 Expected: measured, 1.93 bits per held-out byte (perplexity 3.81); a byte bigram
@@ -19,6 +21,8 @@ from xlstm_jax.data.pipeline import DataConfig
 from xlstm_jax.layers.compute import Compute
 from xlstm_jax.models.config import ModelConfig
 from xlstm_jax.optim import OptimConfig
+
+MACHINE = "cpu"
 
 
 def get_config() -> ConfigDict:

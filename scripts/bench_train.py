@@ -4,6 +4,8 @@
   python scripts/bench_train.py --model=1.3B --mesh=none --mesh=data=1
   python scripts/bench_train.py --model=1.3B --mesh=data=1 --mesh=data=2 \\
     --mesh=data=1,fsdp=2 --batch=8
+  python scripts/bench_train.py --config=experiments/xlstm_125m.py:7:1 \\
+    --config='experiments/xlstm_1b.py --config.accumulation=32'
 
 The step is the one that `train` runs (`xlstm_jax.train.step`), in bfloat16 with
 float32 parameters and AdamW, on random tokens. Rows are models x contexts x
@@ -13,6 +15,11 @@ a mesh uses as many devices as its sizes multiply to, and --batch is the rows of
 each of its data and fsdp shares. --unrolled compiles every block
 (compute.scan=False), which takes longer and saves copies of what is kept for
 the backward pass.
+
+--config times the step of an experiment as it is, or with the overrides that
+are written after it, on all devices and in the memory that training would have
+(--mesh and the rest say nothing then). "planned" is what the compiler says that
+the step takes of a device, in GiB.
 
 Times are medians over rounds. Two utilisations, of the chips' bf16 peak:
 "6N" counts 6 FLOPs per parameter and token (embeddings too), as the published
@@ -81,6 +88,7 @@ KINDS = {
   "elementwise": "fusion|wrapped|convert|loop|input",
 }
 ROUNDS, STEPS = 8, 4  # a round is timed as a whole
+RECIPE_SECONDS = 12  # of an experiment's steps, of which some take longer
 TIME_LIMIT = 900  # seconds for a row, compilation included
 
 
@@ -141,6 +149,23 @@ def run_config(row: Row, model: ModelConfig) -> RunConfig:
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """An experiment whose own step is timed.
+
+  Attributes:
+    config: FILE.py, FILE.py:TEXT, and overrides after it.
+  """
+
+  config: str
+  profile: bool = False
+
+  def run_config(self) -> RunConfig:
+    """The training run of which a step is timed."""
+    path, *overrides = self.config.split()
+    return config.from_experiment(path, overrides)
+
+
 def bench(row: Row, model: ModelConfig) -> dict[str, Any]:
   """One row of the table, in this process."""
   devices = jax.devices()[: row.devices]
@@ -150,42 +175,74 @@ def bench(row: Row, model: ModelConfig) -> dict[str, Any]:
       f"{len(devices)}."
     )
   cfg = run_config(row, model)
+  if row.mesh != UNSHARDED:
+    return _on_mesh(cfg, devices, STEPS, math.inf, profile=row.profile)
   config.validate(cfg, None, row.devices)
   definition = Definition(cfg.model, cfg.compute)
   mesh = sharding.make_mesh(cfg.mesh, devices)
+  state = jax.device_put(states.init(definition, mesh, seed=0), devices[0])
+  step = jax.jit(
+    functools.partial(
+      steps.train_step, definition=definition, cfg=cfg, mesh=mesh
+    ),
+    donate_argnums=0,
+  )
+  placed = [jax.device_put(b, devices[0]) for b in _batches(cfg, STEPS)]
+  return _timed(cfg, 1, step, state, placed, math.inf, profile=row.profile)
+
+
+def bench_recipe(recipe: Recipe) -> dict[str, Any]:
+  """One row of the table of experiments, in this process."""
+  cfg = recipe.run_config()
+  devices = jax.devices()
+  result = _on_mesh(cfg, devices, 1, RECIPE_SECONDS, profile=recipe.profile)
+  return result | {"parts": cfg.accumulation, "remat": cfg.compute.remat}
+
+
+def _on_mesh(
+  cfg: RunConfig, devices, count: int, seconds: float, *, profile: bool
+) -> dict[str, Any]:
+  """Times the step as it trains, on `count` batches in turn."""
+  config.validate(cfg, None, len(devices))
+  definition = Definition(cfg.model, cfg.compute)
+  mesh = sharding.make_mesh(cfg.mesh, devices)
   state = states.init(definition, mesh, seed=0)
-  if row.mesh == UNSHARDED:
-    state = jax.device_put(state, devices[0])
-    step = jax.jit(
-      functools.partial(
-        steps.train_step, definition=definition, cfg=cfg, mesh=mesh
-      ),
-      donate_argnums=0,
-    )
-    placed = [jax.device_put(b, devices[0]) for b in _batches(cfg)]
-    return _timed(row, cfg, step, state, placed)
   with jax.set_mesh(mesh):
     step = steps.compiled(definition, cfg, mesh)
     where = sharding.batch_sharding(mesh)
-    placed = [jax.device_put(b, where) for b in _batches(cfg)]
-    return _timed(row, cfg, step, state, placed)
+    placed = [jax.device_put(b, where) for b in _batches(cfg, count)]
+    return _timed(
+      cfg, len(devices), step, state, placed, seconds, profile=profile
+    )
 
 
-def _batches(cfg: RunConfig) -> list[dict[str, np.ndarray]]:
+def _batches(cfg: RunConfig, count: int) -> list[dict[str, np.ndarray]]:
   """Random tokens, each row one document."""
   rng = np.random.default_rng(0)
   shape = (cfg.batch_size, cfg.data.context)
-  ids = rng.integers(0, cfg.model.vocab_size, (STEPS, 2, *shape), np.int32)
+  ids = rng.integers(0, cfg.model.vocab_size, (count, 2, *shape), np.int32)
   ones = np.ones(shape, np.int32)
   return [{"inputs": x, "targets": y, "segments": ones} for x, y in ids]
 
 
-def _timed(row: Row, cfg: RunConfig, step, state, placed) -> dict[str, Any]:
+def _timed(
+  cfg: RunConfig,
+  devices: int,
+  step,
+  state,
+  placed,
+  enough: float,
+  *,
+  profile: bool,
+) -> dict[str, Any]:
+  """Figures of a step; no round begins after `enough` seconds of others."""
   started = time.perf_counter()
   step = step.lower(state, placed[0]).compile()
   compile_seconds = time.perf_counter() - started
   rounds, loss = [], math.nan
-  for _ in range(ROUNDS + 1):
+  while len(rounds) < 2 or (
+    len(rounds) <= ROUNDS and len(placed) * sum(rounds[1:]) < enough
+  ):
     started = time.perf_counter()
     losses = []
     for batch in placed:
@@ -202,24 +259,33 @@ def _timed(row: Row, cfg: RunConfig, step, state, placed) -> dict[str, Any]:
   memory = jax.devices()[0].memory_stats() or {}
   result = {
     "device": kind,
-    "devices": row.devices,
+    "devices": devices,
     "rows": cfg.batch_size,
     "ms": seconds * 1e3,
     "spread": (max(rounds[1:]) - min(rounds[1:])) / seconds,
     "tokens_per_second": tokens,
     "compile_seconds": compile_seconds,
+    "planned_gib": taken(step) / 2**30,
     "loss": loss,
   }
   if peak is not None:
-    share = tokens / (peak * row.devices)
+    share = tokens / (peak * devices)
     flops = counts.train_flops_per_token(cfg.model, cfg.data.context)
     result["mfu"] = share * flops
     result["mfu_6n"] = share * 6 * counts.parameters(cfg.model)
   if "peak_bytes_in_use" in memory:
     result["peak_gib"] = memory["peak_bytes_in_use"] / 2**30
-  if row.profile:
+  if profile:
     result["profile"] = _profile(step, state, placed)
   return result
+
+
+def taken(compiled: Any) -> int:
+  """Bytes of a device while a program runs, with its arguments and results."""
+  used = compiled.memory_analysis()
+  stored = used.argument_size_in_bytes + used.output_size_in_bytes
+  stored -= used.alias_size_in_bytes  # results in place of arguments
+  return stored + used.temp_size_in_bytes + used.generated_code_size_in_bytes
 
 
 def _profile(step, state, placed) -> dict[str, float]:
@@ -257,17 +323,19 @@ def kind(kernel: str) -> str:
   )
 
 
-def in_process(row: Row) -> dict[str, Any]:
-  """`bench` in a process of its own, or why it did not finish."""
+def in_process(row: Row | Recipe) -> dict[str, Any]:
+  """Its figures from a process of its own, or why it did not finish."""
   given = [
     f"--{name}" if value is True else f"--{name}={value}"
     for name, value in vars(row).items()
     if value is not False
   ]
+  # An experiment gets what it would have in training.
+  more = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
   try:
     done = subprocess.run(
       [sys.executable, __file__, *given, "--here"],
-      env=os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"},
+      env=os.environ | ({} if isinstance(row, Recipe) else more),
       capture_output=True,
       text=True,
       timeout=TIME_LIMIT,
@@ -287,26 +355,52 @@ HEAD = (
 )
 
 
+RECIPE_HEAD = (
+  f"{'experiment':24} {'rows':>5} {'parts':>5} {'remat':8} {'ms':>8} "
+  f"{'spread':>6} {'tokens/s':>9} {'6N':>6} {'MFU':>6} {'planned':>8} "
+  f"{'GiB':>6} {'compile':>8}"
+)
+
+
 def line(row: Row, result: dict[str, Any]) -> str:
   """A row of the table."""
   start = f"{row.model:12} {row.context:7} {row.backend:10} {row.mesh:14}"
   if "failed" in result:
     return f"{start} {result['failed'][:120]}"
+  return f"{start} {result['rows']:5} {_speed(result)} {_peak(result)}"
 
+
+def recipe_line(recipe: Recipe, result: dict[str, Any]) -> str:
+  """A row of the table of experiments."""
+  name = pathlib.Path(recipe.config.split()[0]).name
+  if "failed" in result:
+    return f"{name:24} {result['failed'][:120]}"
+  return (
+    f"{name:24} {result['rows']:5} {result['parts']:5} {result['remat']:8} "
+    f"{_speed(result)} {result['planned_gib']:8.1f} {_peak(result)} "
+    f"{result['compile_seconds']:6.0f} s"
+  )
+
+
+def _speed(result: dict[str, Any]) -> str:
   def share(name):
     return f"{result[name]:6.1%}" if name in result else f"{'-':>6}"
 
-  memory = result.get("peak_gib")
   return (
-    f"{start} {result['rows']:5} {result['ms']:8.1f} {share('spread')} "
-    f"{result['tokens_per_second']:9.0f} {share('mfu_6n')} {share('mfu')} "
-    f"{'-' if memory is None else f'{memory:.1f}':>6}"
+    f"{result['ms']:8.1f} {share('spread')} {result['tokens_per_second']:9.0f} "
+    f"{share('mfu_6n')} {share('mfu')}"
   )
+
+
+def _peak(result: dict[str, Any]) -> str:
+  memory = result.get("peak_gib")
+  return f"{'-' if memory is None else f'{memory:.1f}':>6}"
 
 
 def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   add = parser.add_argument
+  add("--config", action="append", help="experiment, and overrides after it")
   add("--model", action="append", choices=MODELS)
   add("--context", action="append", type=int, help="tokens of a row")
   add("--backend", action="append", help="of the mLSTM cell")
@@ -318,6 +412,7 @@ def main(argv: list[str] | None = None) -> None:
   add("--json", type=pathlib.Path, help="where results go")
   add("--here", action="store_true", help="one row, here, as JSON")
   args = parser.parse_args(argv)
+  recipes = [Recipe(text, args.profile) for text in args.config or ()]
   rows = [
     Row(
       *each,
@@ -336,15 +431,25 @@ def main(argv: list[str] | None = None) -> None:
   for mesh in args.mesh or ():
     if mesh != UNSHARDED:
       mesh_sizes(mesh)
+  for recipe in recipes:
+    recipe.run_config()  # a mistake in the last is told before the first runs
   if args.here:
-    print(json.dumps(bench(rows[0], MODELS[rows[0].model])))
+    if recipes:
+      print(json.dumps(bench_recipe(recipes[0])))
+    else:
+      print(json.dumps(bench(rows[0], MODELS[rows[0].model])))
     return
-  print(HEAD)
+  print(RECIPE_HEAD if recipes else HEAD)
   results = []
-  for row in rows:
+  for row in recipes or rows:
     result = in_process(row)
     results.append({**vars(row), **result})
-    print(line(row, result), flush=True)
+    print(
+      recipe_line(row, result)
+      if isinstance(row, Recipe)
+      else line(row, result),
+      flush=True,
+    )
     for name, ms in result.get("profile", {}).items():
       print(f"    {name:16} {ms:9.2f} ms", flush=True)
     if args.json:  # row after row: a run that is cut off keeps its own

@@ -44,7 +44,7 @@ from xlstm_jax.config import RunConfig
 from xlstm_jax.data import documents, journal, shards, tokenizer
 from xlstm_jax.data import format as files
 from xlstm_jax.errors import UserError
-from xlstm_jax.interop import large, paper, tensor_files
+from xlstm_jax.interop import large, paper, tensor_files, tokenizer_files
 from xlstm_jax.train import accounting, rollbacks
 
 # Of the processor, and by the clock where it does not even compute.
@@ -305,6 +305,9 @@ def _read_tokenizer(folder: Path) -> None:
   ids = tokens.encode("the state of größe")
   tokens.decode(ids)
   tokens.encode_documents([b"a", "世界".encode()])
+  list(map(tokens.stream(ids[:3]).feed, ids[3:].tolist()))
+  ends = {"eos_token_id": tokens.end_of_text}
+  tokenizer_files.outside(tokenizer_files.exported(tokens, {}, ends), ends, 280)
 
 
 def _read_tokenizer_alone(folder: Path) -> None:
@@ -357,6 +360,7 @@ def _read_hugging_face(folder: Path) -> None:
   large.model_config(content).kinds.count("slstm")
   large.weight_mode(content)
   large.end_of_text(content)
+  tokenizer_files.outside({}, content, 97)
 
 
 def _write_paper(folder: Path) -> None:

@@ -7,6 +7,7 @@ describes what the files do.
 """
 
 import argparse
+import io
 import json
 import math
 import re
@@ -29,11 +30,11 @@ EPILOG = """\
 examples:
   python scripts/launch.py slurm --name=xlstm-1b --nodes=8 --devices=8 \\
     --time=1-00:00:00 -- --config=experiments/xlstm_1b.py \\
-    --workdir=runs/1b > 1b.sh; sbatch 1b.sh
+    --config.accumulation=1 --workdir=runs/1b > 1b.sh; sbatch 1b.sh
   python scripts/launch.py gke --name=xlstm-1b --nodes=16 --devices=4 \\
     --accelerator=tpu-v5p-slice --topology=4x4x4 --image=IMAGE \\
     --volume=CLAIM -- --config=experiments/xlstm_1b.py \\
-    --workdir=/shared/1b | kubectl apply -f -
+    --config.accumulation=1 --workdir=/shared/1b | kubectl apply -f -
   python scripts/launch.py skypilot --name=xlstm-1b --nodes=2 --devices=8 \\
     --accelerator=H100 --image=IMAGE --volume=VOLUME -- \\
     --config=experiments/xlstm_1b.py --workdir=/shared/1b > 1b.yaml; \\
@@ -52,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   words = list(sys.argv[1:] if arguments is None else arguments)
   end = words.index("--") if "--" in words else len(words)
   options = _parser().parse_args(words[:end])
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    # It is a file, whatever a terminal could show of it.
+    sys.stdout.reconfigure(encoding="utf-8")
   print(render(options, words[end + 1 :]), end="")
   return 0
 

@@ -4,6 +4,7 @@ Of the steps 1 to 4, the first process cannot commit step 2, and the second
 cannot write its part of step 3.
 """
 
+import os
 import sys
 import time
 
@@ -37,6 +38,8 @@ def broken(self, *, key, timeout_ms):
 
 
 checksums.write, _Barriers.__call__ = full, broken
+# The descriptor by which the folder is reached is another one on each.
+others = [os.dup(0) for _ in range(index)]
 checkpoints = Checkpoints(
   sys.argv[3], CheckpointConfig(keep_latest=1, keep_best=0)
 )

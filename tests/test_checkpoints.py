@@ -15,11 +15,18 @@ import jax.numpy as jnp
 import mutations
 import numpy as np
 import pytest
+import tensorstore
 from etils import epath
 from hypothesis import given
+from orbax.checkpoint._src.serialization import ocdbt_utils
 
 from xlstm_jax import checksums, sharding
-from xlstm_jax.checkpoints import CheckpointConfig, Checkpoints, SaveTimer
+from xlstm_jax.checkpoints import (
+  CheckpointConfig,
+  Checkpoints,
+  SaveTimer,
+  _entries,
+)
 from xlstm_jax.errors import UserError
 from xlstm_jax.sharding import MeshConfig
 
@@ -87,6 +94,43 @@ def test_a_state_returns_on_another_mesh(tmp_path, mesh):
   assert got["params"]["scale"].sharding == abstract(other)["scale"].sharding
 
 
+@pytest.mark.parametrize(
+  "name",
+  [
+    *(b"slstm_at=[1]", b"back\\slash", b"a* {b,c}?", b"a\nline"),
+    *("\u4e2d\u00e9".encode(), b"no \xff text"),
+  ],
+)
+def test_folders_of_any_name_hold_checkpoints(tmp_path, mesh, name):
+  folder = tmp_path / os.fsdecode(name) / "c"
+  cfg = CheckpointConfig(keep_latest=1, keep_best=0)
+  checkpoints = Checkpoints(folder, cfg)
+  for step in (1, 2):
+    save(checkpoints, mesh, step)
+  checkpoints.close()
+  assert [path.name for path in folder.iterdir()] == ["2"]
+  assert (folder / "2" / "params" / "manifest.ocdbt").exists()
+  again = Checkpoints(folder, cfg)
+  assert again.latest() == 2
+  again.close()
+  plain = tmp_path / "plain"
+  shutil.copytree(folder, plain)
+  for place in (folder, plain):
+    got = Checkpoints(place).restore(2, {"params": abstract(mesh)})
+    assert_equal(got["params"], tree(2))
+
+
+def test_a_folder_that_cannot_be_reached_is_refused(tmp_path, monkeypatch):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match=r"file/c: Not a directory"):
+    Checkpoints(tmp_path / "file" / "c", CheckpointConfig())
+  monkeypatch.setattr(type(tmp_path), "exists", lambda _: False)
+  monkeypatch.setattr(epath.Path, "exists", lambda _: False, raising=False)
+  monkeypatch.setattr(type(epath.Path()), "exists", lambda _: False)
+  with pytest.raises(UserError, match=r"\[1\] on this system.* no /proc"):
+    Checkpoints(tmp_path / "[1]", CheckpointConfig())
+
+
 def test_params_return_alone(tmp_path, mesh):
   checkpoints = Checkpoints(tmp_path, CheckpointConfig())
   save(checkpoints, mesh, 1)
@@ -151,7 +195,9 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path, mesh):
     jax.NamedSharding(mesh, jax.P("fsdp", "tensor")),
   )
   for n in range(5):
-    checkpoints.save(n, {"params": {"x": big}})
+    # As a run whose loss is not finite.
+    progress = {"loss": float("nan"), "none": None, "1": [1.5, float("inf")]}
+    checkpoints.save(n, {"params": {"x": big}, "progress": progress})
     for _ in range(3):
       big = step(big)
   checkpoints.close()
@@ -447,6 +493,28 @@ def test_damage_is_found_while_a_run_goes_on(copy, mesh):
   checkpoints.close()
 
 
+def merge_nothing(step):
+  """As older versions left a step whose parts Orbax had not found."""
+  for item in ("params", "optimizer"):
+    (step / item / "manifest.ocdbt").unlink()
+  checksums.write(epath.Path(step), ["params", "optimizer", "progress"])
+
+
+def test_steps_in_which_nothing_was_merged_are_damaged(copy, mesh):
+  merge_nothing(copy / "2")
+  with pytest.raises(
+    UserError, match=r"step 2 .* is damaged: params/manifest\.ocdbt is missing"
+  ):
+    Checkpoints(copy).restore(2, {"params": abstract(mesh)})
+  checkpoints = Checkpoints(copy, CheckpointConfig())
+  assert checkpoints.latest() == 1
+  (told,) = checkpoints.set_aside
+  assert told.endswith(
+    "manifest.ocdbt is missing. It was renamed to damaged-2."
+  )
+  checkpoints.close()
+
+
 # Saves that fail.
 
 
@@ -484,12 +552,127 @@ def test_a_failed_save_is_told_without_waiting(tmp_path, mesh, failing):
   assert Checkpoints(tmp_path).steps() == [1, 3]
 
 
+def unmerged(step):
+  (step / "params" / "manifest.ocdbt").unlink()
+
+
+def valueless(step):
+  values_of(step).unlink()
+
+
+def cut_off(step):
+  halve(values_of(step))
+
+
+def without_part(step):
+  """As where a process's part was not seen when the parts were merged."""
+  path = str(step / "params") + "/"
+  base = {"driver": "file", "path": path}
+  store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+  del store["noise/1.0"]
+
+
+def shapeless(step):
+  (step / "params" / "_METADATA").unlink()
+
+
+def of_another_model(step):
+  path = step / "params" / "_METADATA"
+  path.write_text(path.read_text().replace("scale", "bias"))
+
+
+def without_progress(step):
+  shutil.rmtree(step / "progress")
+
+
+def with_other_progress(step):
+  (step / "progress" / "metadata").write_text('{"step": 7}')
+
+
+@pytest.mark.parametrize(
+  ("damage", "reason"),
+  [
+    (unmerged, r"params/manifest\.ocdbt is missing"),
+    (valueless, "params cannot be read: .*No such file"),
+    (cut_off, "params is not .*: .*/d/[0-9a-f]+ with values of noise is cut"),
+    (without_part, "params is not what was saved: noise has 7 chunks, not 8"),
+    (shapeless, "params cannot be read"),
+    (of_another_model, "params cannot be read: .*bias"),
+    (without_progress, "progress cannot be read"),
+    (with_other_progress, "progress is not what was saved: its content"),
+  ],
+)
+def test_a_save_that_could_not_be_restored_has_failed(
+  tmp_path, mesh, monkeypatch, damage, reason
+):
+  damages = []
+  before_commit = Checkpoints._before_commit
+
+  def damaged(self):
+    if damages:
+      (step,) = pathlib.Path(tmp_path).glob("2.*")
+      damages.pop()(step)
+    before_commit(self)
+
+  monkeypatch.setattr(Checkpoints, "_before_commit", damaged)
+  noise = np.random.default_rng(0).standard_normal((128, 128))
+  rows = jax.NamedSharding(mesh, jax.P("fsdp"))
+  params = {"noise": jax.device_put(noise, rows), "scale": jnp.ones(16)}
+  items = {"params": params, "progress": {"step": 1}}
+  checkpoints = Checkpoints(tmp_path, CheckpointConfig(retries=1))
+  checkpoints.save(1, items)
+  assert checkpoints.failure(wait=True) is None
+  damages.append(damage)
+  checkpoints.save(2, items)
+  assert re.match(reason, checkpoints.failure(wait=True) or "")
+  assert checkpoints.steps() == [1]
+  # It is made again.
+  checkpoints.save(3, items)
+  checkpoints.close()
+  assert Checkpoints(tmp_path).steps() == [1, 3]
+
+
+def test_a_save_in_which_orbax_merged_nothing_has_failed(
+  tmp_path, mesh, monkeypatch
+):
+  async def skip(*_, **__):
+    pass
+
+  monkeypatch.setattr(ocdbt_utils, "merge_ocdbt_per_process_files", skip)
+  checkpoints = Checkpoints(tmp_path, CheckpointConfig(retries=0))
+  save(checkpoints, mesh, 1)
+  with pytest.raises(
+    UserError,
+    match=r"\((params|optimizer)/manifest\.ocdbt is missing\): look after",
+  ):
+    checkpoints.failure(wait=True)
+  checkpoints.close()
+  assert Checkpoints(tmp_path).latest() is None
+
+
+def test_databases_of_several_levels_are_listed(tmp_path):
+  base = {"driver": "file", "path": f"{tmp_path}/"}
+  config = {"max_decoded_node_bytes": 1000, "max_inline_value_bytes": 9}
+  store = tensorstore.KvStore.open(
+    {"driver": "ocdbt", "base": base, "config": config}
+  ).result()
+  with tensorstore.Transaction() as writing:
+    for number in range(300):
+      key = f"blocks.{number}.weight/0"
+      store.with_transaction(writing)[key] = b"1" * (number % 20)
+  found = dict(_entries(tensorstore.KvStore.open(base).result()))
+  listed = [name.decode() for name in store.list().result()]
+  assert sorted(found) == sorted(listed)
+  assert found["blocks.3.weight/0"] == b"111"
+  assert str(found["blocks.19.weight/0"]).endswith(":19")
+
+
 def test_two_processes_hear_of_a_save_that_failed_in_one(tmp_path):
   with socket.create_server(("", 0)) as server:
     port = str(server.getsockname()[1])
   processes = [
     subprocess.Popen(
-      [sys.executable, SAVING, str(index), port, str(tmp_path / "c")],
+      [sys.executable, SAVING, str(index), port, str(tmp_path / "[c] *")],
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
@@ -508,8 +691,10 @@ def test_two_processes_hear_of_a_save_that_failed_in_one(tmp_path):
       "3 Input/output error [1]",
       "4 None [4]",
     ]
-  assert [path.name for path in (tmp_path / "c").iterdir()] == ["4"]
-  assert checksums.problem(epath.Path(tmp_path / "c" / "4")) is None
+  assert [path.name for path in (tmp_path / "[c] *").iterdir()] == ["4"]
+  step = tmp_path / "[c] *" / "4"
+  assert checksums.problem(epath.Path(step)) is None
+  assert (step / "params" / "manifest.ocdbt").exists()
 
 
 def test_failed_saves_are_made_again_a_number_of_times(tmp_path, mesh, failing):

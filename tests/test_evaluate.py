@@ -90,10 +90,10 @@ def score(split, **settings):
   return evaluate_split(DEFINITION, params(), split, **{**defaults, **settings})
 
 
-def pieces(context):
+def pieces(context, documents=DOCUMENTS):
   """(inputs, targets, source) of what is read from an empty state."""
   position, found = 0, []
-  for text, source in DOCUMENTS:
+  for text, source in documents:
     inputs, targets = [E, *text], [*text, E]
     while inputs:
       room = len(inputs)
@@ -175,6 +175,119 @@ def test_the_mesh_changes_nothing(split):
   check(result, "document")
 
 
+@pytest.fixture
+def fed(monkeypatch):
+  """Shapes of the batches that the model reads."""
+  shapes, put = [], evaluate._put
+
+  def counting(batch, mesh):
+    shapes.append(batch["inputs"].shape)
+    return put(batch, mesh)
+
+  monkeypatch.setattr(evaluate, "_put", counting)
+  return shapes
+
+
+def computed(shapes):
+  return sum(rows * length for rows, length in shapes)
+
+
+@pytest.mark.parametrize("context", [10**3, 10**8, 10**30])
+def test_a_window_is_no_longer_than_the_split(split, fed, context):
+  check(score(split, context=context), "document")
+  assert computed(fed) < split.tokens + 64
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_long_windows_are_scored_in_pieces(split, fed, batch_size):
+  check(score(split, context=72, batch_size=batch_size, piece=16), 72)
+  assert len(fed) > 1
+  assert {rows * length for rows, length in fed} <= {batch_size * 16}
+
+
+def test_few_documents_fill_few_lanes(split, fed):
+  check(score(split, context="document", batch_size=64, piece=16), "document")
+  # Each of two lanes is as long as the longest document, and rounded up.
+  assert computed(fed) <= 4 / 3 * split.tokens + 2 * 64
+
+
+def test_long_windows_have_their_limit_too(split):
+  """Two of four windows: the first and the third."""
+  nats = position = 0
+  for (inputs, _, _), loss in zip(pieces(72), piece_nats(72), strict=True):
+    nats += loss * (position // 72 in (0, 2))
+    position += len(inputs)
+  found = score(split, context=72, max_tokens=150, piece=16, batch_size=3)
+  assert found.total.tokens == 144
+  assert found.total.nats == pytest.approx(nats, rel=2e-6)
+
+
+def test_no_row_of_windows_is_empty_for_long(split, fed):
+  windows = split.window_count(CONTEXT)
+  check(score(split, batch_size=windows - 1), CONTEXT)
+  assert fed == [(-(-windows // 2), CONTEXT)] * 2
+
+
+# Sizes of documents.
+SIZES = {
+  "one token": [0],
+  "equal": [30] * 50,
+  "one long": [3, 20, 3000, *range(40)],
+  "long ones": [700, 5, 5, 800, 900, 1, 1, 600],
+  "many": [(37 * n) % 100 for n in range(300)],
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize("context", ["document", 640])
+def test_lanes_hold_every_span_once_and_little_else(
+  tmp_path, name, shards, context
+):
+  rng = np.random.default_rng(0)
+  texts = [
+    rng.integers(0, 256, size, np.uint8).tobytes() for size in SIZES[name]
+  ]
+  documents = [(text, at % 2) for at, text in enumerate(texts)]
+  split = open_split(
+    write_dataset(tmp_path / "data", documents, shard_entries=512), "train"
+  )
+  mesh = make_mesh(MeshConfig(data=shards), jax.devices()[:shards])
+  stops = np.cumsum(split.document_lengths().astype(np.int64) + 1)
+  sources = split.document_sources()
+  if context != "document":
+    sources = None
+    stops = np.append(np.arange(context, split.tokens, context), split.tokens)
+  sizes = np.diff(stops, prepend=0)
+  batches = list(
+    evaluate._lanes(split, stops - sizes, stops, sources, 16, 64, mesh)
+  )
+  found = []
+  for row in range(len(batches[0]["inputs"])):
+    lane = {
+      key: np.concatenate([batch[key][row] for batch in batches])
+      for key in batches[0]
+    }
+    for segment in range(1, lane["segments"].max(initial=0) + 1):
+      of = lane["segments"] == segment
+      found.append([lane[key][of].tolist() for key in KEYS])
+  expected = [
+    [list(inputs), list(targets), [source] * len(inputs)]
+    for inputs, targets, source in pieces(context, documents)
+  ]
+  assert sorted(found) == sorted(expected)
+  shapes = [batch["inputs"].shape for batch in batches]
+  assert all(rows * length <= 16 * 64 for rows, length in shapes)
+  most = 4 / 3 * split.tokens
+  if shards > 1:
+    # Every share has a lane, whatever it then waits for.
+    most = max(most, split.tokens + shards * sizes.max())
+  assert computed(shapes) <= most + 16 * 64
+
+
+KEYS = ("inputs", "targets", "sources")
+
+
 @pytest.mark.slow
 def test_two_processes_agree_with_one(dataset, split):
   with socket.socket() as free:
@@ -249,6 +362,7 @@ def test_a_limit_beyond_the_split_scores_all_of_it(split):
 
 def test_a_second_evaluation_compiles_nothing(split):
   score(split)
+  score(split, max_tokens=50)
   before = evaluate._losses._cache_size()
   score(split, max_tokens=50)
   score(split)
@@ -451,6 +565,47 @@ def test_an_empty_held_out_split_is_refused(run, tmp_path, capsys):
   line = refused(capsys, f"--workdir={run[0]}", f"--data={empty}")
   assert "heldout" in line
   assert str(empty) in line
+
+
+def test_a_split_of_one_token_has_its_score(run, fed, tmp_path, capsys):
+  """The end of an empty document, which has no bytes."""
+  data = write_dataset(tmp_path / "data", [(b"text", 0)], heldout=[(b"", 0)])
+  file = tmp_path / "scores.json"
+  workdir, saved = run
+  arguments = (f"--data={data}", "--context=2048", f"--json={file}")
+  assert command(f"--workdir={workdir}", *arguments) == 0
+  assert computed(fed) <= 64 * jax.device_count()
+  lm = DEFINITION.bind(saved[20])
+  logits = lm.logits(lm(jnp.array([[E]]))[0])[0, 0]
+  nats = -jax.nn.log_softmax(logits)[E]
+  total = json.loads(file.read_text())["data"][str(data)]["total"]
+  assert total["nats"] == pytest.approx(float(nats), rel=2e-6)
+  assert (total["targets"], total["bytes"]) == (1, 0)
+  assert total["bits_per_byte"] is None
+  assert capsys.readouterr().out.splitlines()[-1].split()[-1] == "-"
+
+
+def test_memory_that_runs_out_is_told(run, monkeypatch, capsys):
+  def on_the_device(*_, **__):
+    return jax.block_until_ready(jit(lambda: jnp.ones(2**60, jnp.int8))())
+
+  def on_the_host(*_, **__):
+    return np.ones(2**60, np.int8)
+
+  for failure in (on_the_device, on_the_host):
+    monkeypatch.setattr(evaluate, "_losses", failure)
+    line = refused(capsys, f"--workdir={run[0]}", "--context=document")
+    assert "Memory ran out with --context=document" in line
+    assert "--batch-size=8; a smaller --batch-size" in line
+
+
+def test_other_faults_of_the_device_keep_their_traceback(run, monkeypatch):
+  def fail(*_, **__):
+    raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+  monkeypatch.setattr(evaluate, "_losses", fail)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+    command(f"--workdir={run[0]}")
 
 
 def test_an_altered_shard_is_refused(run, tmp_path, capsys):

@@ -2,14 +2,18 @@
 
 import ast
 import dataclasses
+import re
+import runpy
 from pathlib import Path
 
+import jax
 import pytest
 from data.small_datasets import write_dataset
 
 from xlstm_jax import config, metrics
 from xlstm_jax.config import RunConfig
 from xlstm_jax.models import counts
+from xlstm_jax.plan import machines, program
 from xlstm_jax.train import loop
 
 ROOT = Path(__file__).parent.parent
@@ -34,11 +38,14 @@ def test_there_are_the_promised_experiments():
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_the_docstring_has_command_cost_and_result(path):
+def test_the_docstring_has_command_machine_cost_and_result(path):
   text = ast.get_docstring(ast.parse(path.read_text()))
   assert text is not None
   for part in (f"--config=experiments/{path.name}", "Cost: ", "Expected"):
     assert part in text
+  machine = re.search(r"^Machine: .*\((\S+)\)", text, re.MULTILINE)
+  assert machine is not None
+  assert machine[1] == runpy.run_path(str(path))["MACHINE"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -59,6 +66,13 @@ def test_size_and_tokens_are_the_published_ones(name):
 def test_the_other_ratio_differs_in_the_slstm_blocks_alone(name):
   changed = config.changes(load(name), load(name, ":7:1"))
   assert list(changed) == ["model.slstm_at"]
+
+
+@pytest.mark.slow
+def test_the_quickstart_fits_a_small_machine():
+  """The others need compilers of other machines: tests/plan."""
+  small = machines.Machine("cpu", jax.devices()[:1], 2**31, 2**31)
+  assert program.plan(load("quickstart"), small).fits
 
 
 def shrunk(cfg: RunConfig, data: Path) -> RunConfig:
@@ -83,7 +97,8 @@ def shrunk(cfg: RunConfig, data: Path) -> RunConfig:
     optim=optim,
     data=dataclasses.replace(cfg.data, paths=(str(data),), context=16),
     steps=2,
-    batch_size=8 * cfg.accumulation,
+    batch_size=16,
+    accumulation=min(cfg.accumulation, 2),
     log_every=1,
     eval_every=None,
     compilation_cache=None,

@@ -9,6 +9,7 @@ PACKAGE = ROOT / "xlstm_jax"
 
 # Each line is a floor; what stands on one line does not know its neighbours.
 FLOORS = (
+  ("machine",),
   ("errors",),
   ("sharding", "checksums", "ranges"),
   ("cells",),

@@ -1,6 +1,8 @@
 """Generation against the full forward pass, and the distribution drawn."""
 
 import functools
+import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from xlstm_jax import generate as generate_module
 from xlstm_jax import trained
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data.pipeline import DataConfig
-from xlstm_jax.data.tokenizer import ByteTokenizer, train
+from xlstm_jax.data.tokenizer import ByteTokenizer, load, train
 from xlstm_jax.errors import UserError, exit_code
 from xlstm_jax.generate import Sampling, draw, generate, pieces
 from xlstm_jax.layers.compute import Compute
@@ -264,7 +266,12 @@ def test_the_command_prints_the_prompt_and_its_continuation(
   )
   assert command(*arguments) == 0
   out, err = capsys.readouterr()
-  assert "step 2: 9 tokens read, 40 drawn" in err
+  number = r"[\d.e+-]+"
+  assert re.fullmatch(
+    rf"step 2: 9 tokens read in {number} s \({number} tokens/s\), 40 drawn in "
+    rf"{number} s \({number} tokens/s\); compiled in {number} s\n",
+    err,
+  )
   mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
   model = trained.load(run_of_bytes, step="latest", mesh=mesh)
   with jax.set_mesh(mesh):
@@ -286,7 +293,94 @@ def test_the_command_prints_the_prompt_and_its_continuation(
 def test_an_empty_prompt_is_fine(run_of_bytes, capsys):
   arguments = (f"--workdir={run_of_bytes}", "--prompt=", "--max-tokens=3")
   assert command(*arguments) == 0
-  assert "0 tokens read, 3 drawn" in capsys.readouterr().err
+  err = capsys.readouterr().err
+  assert re.search(r"0 tokens read in [\d.e+-]+ s, 3 drawn in ", err)
+
+
+def test_the_text_begins_once_all_is_compiled(run_of_bytes, monkeypatch):
+  """What XLA says meanwhile on stderr would stand within the text."""
+  events = []
+  monkeypatch.setattr(
+    "builtins.print", lambda text, **_: events.append(("shown", text))
+  )
+
+  def compiled(name, seconds, fun_name="", **_):
+    if "backend_compile" in name:
+      events.append((fun_name, seconds))
+
+  # No other test has programs of these shapes.
+  monkeypatch.setattr(generate_module, "BLOCK", 20)
+  jax.monitoring.register_event_duration_secs_listener(compiled)
+  try:
+    code = command(
+      f"--workdir={run_of_bytes}", f"--prompt={'a' * 40}", "--max-tokens=50"
+    )
+  finally:
+    jax.monitoring.unregister_event_duration_listener(compiled)
+  assert code == 0
+  kinds = [kind for kind, _ in events]
+  # Each once: compiled ahead, they are found when they are called.
+  assert [kinds.count(f"jit({name})") for name in ("_read", "_steps")] == [1, 1]
+  assert set(kinds[kinds.index("shown") :]) == {"shown"}
+  assert dict(reversed(events))["shown"].startswith("a" * 40)
+  (told,) = re.findall(r"compiled in ([\d.]+) s", events[-1][1])
+  programs = dict(events)
+  assert float(told) > 0.9 * (programs["jit(_read)"] + programs["jit(_steps)"])
+
+
+LLAMA = {
+  "normalizer": {
+    "type": "Sequence",
+    "normalizers": [
+      {"type": "Prepend", "prepend": "\u2581"},
+      {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+    ],
+  },
+  "decoder": {
+    "type": "Sequence",
+    "decoders": [
+      {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+      {"type": "Fuse"},
+      {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ],
+  },
+  "model": {
+    "type": "BPE",
+    "unk_token": "<unk>",
+    "vocab": {"</s>": 0, "<unk>": 1, "\u2581": 2, "a": 3, "\u2581a": 4},
+    "merges": ["\u2581 a"],
+  },
+  "added_tokens": [],
+}
+
+
+def test_drawn_text_keeps_the_space_behind_the_prompt(
+  tmp_path, capsys, monkeypatch
+):
+  """As the tokenizers of Llama 1 and 2 decode: no space begins a text."""
+  path = tmp_path / "tokenizer.json"
+  path.write_text(json.dumps(LLAMA))
+  tokenizer = load(path)
+  tokenizer.save(tmp_path)
+  cfg = RunConfig(
+    model=MODELS["paper"],
+    compute=Compute(dtype="float32"),
+    data=DataConfig(paths=("gone",)),
+    compilation_cache=None,
+  )
+  write_run(tmp_path, cfg, steps={1: 0.0}, tokenizer_hash=tokenizer.hash)
+
+  def drawn(*_, clock, **__):
+    for activity in ("compile", "read", "draw"):
+      with clock.spent_on(activity):
+        pass
+    yield np.array([[4, 2, 4, 3, 0]])
+
+  monkeypatch.setattr(generate_module, "stream", drawn)
+  assert command(f"--workdir={tmp_path}", "--prompt=a a") == 0
+  out = capsys.readouterr().out
+  assert out == "a a a  aa\n"
+  assert out == tokenizer.decode([4, 4, 4, 2, 4, 3]) + "\n"
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,22 @@ def test_a_workdir_may_have_spaces():
   assert shlex.split(last)[1:] == ["scripts/quickstart.py", "--workdir=q dir"]
 
 
+def test_both_versions_of_transformers_read_the_exports():
+  printed = dry_run(
+    "--always-make", "test-interop", "HF_PYTHON=python9", "HF_TORCH=torch==1"
+  )
+  for version, released in ((4, "4.57.*"), (5, "5.*")):
+    venv = f".venv-interop-{version}"
+    assert f"python9 -m venv {venv}\n" in printed
+    (installed,) = re.findall(
+      rf"{venv}/bin/python -m pip install (.*)", printed
+    )
+    assert shlex.split(installed)[1:3] == [
+      "torch==1",
+      f"transformers=={released}",
+    ]
+
+
 def dry_run(*arguments: str) -> str:
   """What make would run, a command a line."""
   printed = subprocess.run(

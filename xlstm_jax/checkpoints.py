@@ -5,9 +5,11 @@ global shape, restored into any sharding; "progress" is JSON. A step counts
 once Orbax has committed it whole, so a killed save leaves no trace but a
 temporary folder, which the next writer removes.
 
-Every step is committed together with checksums of its files. A writer moves
-damaged steps aside before it goes on from the newest good one; a reader refuses
-them. A step without checksums is taken for what it says.
+Before a step is committed its items are opened again and compared with what was
+to be saved: a save that could not be restored is a failed save. It is committed
+together with checksums of its files. A writer moves damaged steps aside before
+it goes on from the newest good one; a reader refuses them. A step without
+checksums is taken for what it says.
 """
 
 import contextlib
@@ -16,10 +18,13 @@ import itertools
 import json
 import logging
 import math
+import os
 import re
 import sys
 import threading
 import time
+import urllib.parse
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -27,6 +32,7 @@ import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 from jax._src import distributed
 from jax.experimental import multihost_utils
@@ -39,6 +45,9 @@ Tree = Any
 EVAL_LOSS = "eval_loss"
 # Where Orbax keeps the metrics of a step.
 _METRICS = "metrics"
+# Its items of arrays, and the file through which each of them is found.
+_ARRAYS = ("params", "optimizer")
+_MANIFEST = "manifest.ocdbt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +109,8 @@ class Checkpoints:
     set_aside: a sentence for every damaged step that a writer moved aside.
 
   Raises:
-    UserError: all checkpoints are damaged, or the folder of a damaged one
-      cannot be renamed.
+    UserError: all checkpoints are damaged, the folder of a damaged one cannot
+      be renamed, or the folder cannot be made or reached.
   """
 
   def __init__(
@@ -115,8 +124,13 @@ class Checkpoints:
     self.directory = epath.Path(directory).expanduser().resolve()
     self._cfg = cfg
     self._copies_gb = copies_gb
+    if cfg is not None:
+      _create(self.directory)
+    self._root, descriptor = _plain_path(self.directory)
+    if descriptor is not None:
+      weakref.finalize(self, os.close, descriptor)
     self._checked: set[int] = set()
-    self._saving: tuple[int, set[str]] | None = None
+    self._saving: tuple[int, dict[str, Any]] | None = None
     self._failure: OSError | ValueError | None = None
     self._failures = 0
     self._barriers = _Barriers()
@@ -175,7 +189,7 @@ class Checkpoints:
       for name, tree in items.items()
     }
     self._failure = None
-    self._saving = step, {*items, _METRICS}
+    self._saving = step, _expected(items)
     self._barriers.begin()
     # What fails here and now fails on this process alone. The others are in
     # the save and cannot be told: the run ends.
@@ -264,10 +278,8 @@ class Checkpoints:
         args[name] = ocp.args.JsonRestore()
       else:
         # Not the manager's, which reads the metadata of all items.
-        stored = ocp.StandardCheckpointHandler().metadata(
-          self.directory / str(step) / name
-        )
-        self._check_structure(step, name, stored.tree, abstract)
+        stored = _stored_shapes(self._root / str(step) / name)
+        self._check_structure(step, name, stored, _shapes(abstract))
         args[name] = ocp.args.StandardRestore(abstract)
     restored = self._manager.restore(step, args=ocp.args.Composite(**args))
     return {name: restored[name] for name in abstract_items}
@@ -283,15 +295,11 @@ class Checkpoints:
     finally:
       self._manager.close()
 
-  def _check_structure(self, step, name, stored, abstract) -> None:
-    differences = _differences(_shapes(stored), _shapes(abstract))
-    if differences:
-      shown = differences[:5]
-      if len(differences) > len(shown):
-        shown.append(f"and {len(differences) - len(shown)} more")
+  def _check_structure(self, step, name, stored, wanted) -> None:
+    if differences := _differences(stored, wanted):
       raise UserError(
         f"The checkpoint {self.directory / str(step)} is of another model; "
-        f"its {name} differ: {'; '.join(shown)}."
+        f"its {name} differ: {differences}."
       )
 
   def _loss_of(self, step: int) -> float:
@@ -316,7 +324,7 @@ class Checkpoints:
       return
     found = None
     if jax.process_index() == 0:
-      found = checksums.problem(self.directory / str(step), names)
+      found = _problem(self.directory / str(step), names)
     if found := of_first_process(found):
       others = [str(other) for other in self.steps() if other != step]
       raise UserError(
@@ -359,11 +367,14 @@ class Checkpoints:
     assert self._failure
     reason, good = _reason(self._failure), self.latest()
     times = f", {self._failures} times in a row" * (self._failures > 1)
+    advice = "make room for it"
+    if isinstance(self._failure, _UnreadableError):
+      advice = "look after its disk"
     # The next call is not about this failure.
     self._failure = None
     return UserError(
       f"A checkpoint could not be written to {self.directory} "
-      f"({reason}){times}: make room for it and run again; "
+      f"({reason}){times}: {advice} and run again; "
       + (
         "no earlier checkpoint exists."
         if good is None
@@ -383,7 +394,7 @@ class Checkpoints:
       return ocp.StandardCheckpointHandler(save_concurrent_gb=self._copies_gb)
 
     return ocp.CheckpointManager(
-      self.directory,
+      self._root,
       options=_options(self._cfg, self._before_commit, self._barriers),
       item_handlers={
         "params": arrays(),
@@ -393,12 +404,18 @@ class Checkpoints:
     )
 
   def _before_commit(self) -> None:
-    """Writes the checksums of a step that is whole but not yet renamed."""
+    """Reads back a step that is whole but not yet renamed; adds checksums.
+
+    Raises:
+      OSError: it could not be restored.
+    """
     assert self._saving
-    step, names = self._saving
-    for folder in self.directory.iterdir():
+    step, expected = self._saving
+    for folder in self._root.iterdir():
       if folder.name.split(".")[0] == str(step):
-        checksums.write(folder, sorted(names))
+        for name, content in expected.items():
+          _read_back(folder, name, content)
+        checksums.write(folder, [*sorted(expected), _METRICS])
 
 
 class _Barriers:
@@ -476,7 +493,7 @@ def _set_damaged_aside(
   steps = ocp.path.step.standard_name_format().find_all(directory)
   for step in sorted((one.step for one in steps), reverse=True):
     # Of the steps behind the one to go on from, what opening them reads.
-    problem = checksums.problem(directory / str(step), contents=newest is None)
+    problem = _problem(directory / str(step), contents=newest is None)
     if problem:
       found[step] = problem
     elif newest is None:
@@ -506,6 +523,166 @@ def _set_damaged_aside(
       (f"{' '.join(told)} It cannot be moved aside: {error.strerror}."),
     )
   return newest, told, None
+
+
+def _problem(
+  folder: epath.Path,
+  names: set[str] | None = None,
+  *,
+  contents: bool = True,
+) -> str | None:
+  """What is wrong with a step, also where its checksums are right.
+
+  Older versions committed steps whose parts Orbax had not found and merged.
+  """
+  for name in _ARRAYS:
+    if names is None or name in names:
+      item = folder / name
+      if item.exists() and not (item / _MANIFEST).exists():
+        return f"{name}/{_MANIFEST} is missing"
+  return checksums.problem(folder, names, contents=contents)
+
+
+def _expected(items: Mapping[str, Tree]) -> dict[str, Any]:
+  """What a step must hold to be restored: shapes of arrays, and JSON."""
+  return {
+    name: _shapes(tree) if name in _ARRAYS else _json(tree)
+    for name, tree in items.items()
+  }
+
+
+def _json(value: Any) -> str:
+  """As text, in which NaN is equal to itself."""
+  return json.dumps(value, sort_keys=True)
+
+
+def _read_back(folder: epath.Path, name: str, expected: Any) -> None:
+  """Opens an item as restoring it would, all but the values of arrays.
+
+  Raises:
+    OSError: it is not there, cannot be read, or is not what was saved.
+  """
+  try:
+    if name not in _ARRAYS:
+      stored = ocp.JsonCheckpointHandler().restore(
+        folder / name, args=ocp.args.JsonRestore()
+      )
+      differences = "" if _json(stored) == expected else "its content"
+    elif not (folder / name / _MANIFEST).exists():
+      raise _UnreadableError(f"{name}/{_MANIFEST} is missing")
+    else:
+      differences = _differences(_stored_shapes(folder / name), expected)
+      differences = differences or _missing_values(folder / name, expected)
+  except (
+    *(FileNotFoundError, ValueError, LookupError),
+    *(TypeError, AttributeError),
+  ) as error:
+    raise _UnreadableError(f"{name} cannot be read: {error}") from error
+  if differences:
+    raise _UnreadableError(f"{name} is not what was saved: {differences}")
+
+
+def _missing_values(
+  folder: epath.Path, shapes: Mapping[str, tuple[int, ...]]
+) -> str:
+  """The first array of an item whose values are not all there; "" for none.
+
+  Looks every chunk up as reading would, and asks for the size of its file.
+  """
+  store = tensorstore.KvStore.open({"driver": "file", "path": f"{folder}/"})
+  store = store.result()
+  chunks: dict[str, dict[str, str | bytes]] = {}
+  for key, value in _entries(store):
+    name, _, chunk = key.rpartition("/")
+    chunks.setdefault(name, {})[chunk] = value
+  sizes: dict[str, int] = {}
+  for path, shape in shapes.items():
+    found = chunks.get(path.replace("/", "."), {})
+    grid = found.pop(".zarray", None)
+    if grid is None:
+      return f"{path} is not listed"
+    if isinstance(grid, str):
+      grid = tensorstore.ocdbt.dump(store, node=grid).result()
+    lengths = json.loads(grid)["chunks"]
+    count = math.prod(-(-n // k) for n, k in zip(shape, lengths, strict=True))
+    if len(found) != count:
+      return f"{path} has {len(found)} chunks, not {count}"
+    for value in found.values():
+      if isinstance(value, str):
+        _, base, name, start, length = value.split(":")
+        file = urllib.parse.unquote(base + name)
+        if file not in sizes:
+          sizes[file] = (folder / file).stat().length
+        if sizes[file] < int(start) + int(length):
+          return f"{file} with values of {path} is cut off"
+  return ""
+
+
+def _entries(store: Any) -> Iterator[tuple[str, str | bytes]]:
+  """Keys of an OCDBT database, each with its value or where that lies."""
+  manifest = tensorstore.ocdbt.dump(store).result()
+  nodes = [("", manifest["versions"][-1]["root"]["location"])]
+  while nodes:
+    prefix, location = nodes.pop()
+    node = tensorstore.ocdbt.dump(store, node=location).result()
+    for entry in node["entries"]:
+      key = prefix + entry["key"].decode()
+      if node["height"]:
+        prefix_below = entry["subtree_common_prefix"].decode()
+        nodes.append((prefix + prefix_below, entry["location"]))
+      elif "inline_value" in entry:
+        yield key, entry["inline_value"]
+      else:
+        yield key, entry["indirect_value"]
+
+
+class _UnreadableError(OSError):
+  """A step was written and cannot be restored."""
+
+
+def _create(directory: epath.Path) -> None:
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(
+      f"The checkpoints cannot be written to {directory}: {error.strerror}."
+    ) from error
+
+
+def _plain_path(directory: epath.Path) -> tuple[epath.Path, int | None]:
+  """A path of the directory that Orbax and TensorStore take for what it is.
+
+  Orbax looks for the parts of a step by a glob of their whole path, in which
+  brackets and stars stand for other names, and TensorStore's paths must be
+  UTF-8. A directory with other than plain characters in its path is therefore
+  reached through a descriptor: /proc/self/fd/N.
+
+  Args:
+    directory: absolute.
+
+  Returns:
+    The path, and a descriptor that the caller closes when nobody needs the path
+    any more.
+
+  Raises:
+    UserError: the directory needs a descriptor, and the system has no such
+      paths.
+  """
+  # A colon is in the names of buckets.
+  plain = re.fullmatch(r"[\w./:@+=,-]*", str(directory), re.ASCII)
+  # Where there is no directory, there is nothing to read.
+  if plain or not directory.is_dir():
+    return directory, None
+  descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+  path = epath.Path(f"/proc/self/fd/{descriptor}")
+  if not path.exists():
+    os.close(descriptor)
+    raise UserError(
+      f"Checkpoints cannot be kept in {directory} on this system, which has no "
+      "/proc: use a folder with nothing but letters, digits and ._-+=,@ in its "
+      "path."
+    )
+  return path, descriptor
 
 
 def _free_name(directory: epath.Path, step: int) -> epath.Path:
@@ -609,9 +786,15 @@ def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
   }
 
 
+def _stored_shapes(folder: epath.Path) -> dict[str, tuple[int, ...]]:
+  """The shapes of an item of arrays, each of which is opened."""
+  return _shapes(ocp.StandardCheckpointHandler().metadata(folder).tree)
+
+
 def _differences(
   stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
-) -> list[str]:
+) -> str:
+  """The first differences, in words; "" for none."""
   found = []
   for path in sorted(stored.keys() | wanted.keys()):
     if path not in stored:
@@ -620,4 +803,7 @@ def _differences(
       found.append(f"{path} is not part of this model")
     elif stored[path] != wanted[path]:
       found.append(f"{path} is {stored[path]}, not {wanted[path]}")
-  return found
+  shown = found[:5]
+  if len(found) > len(shown):
+    shown.append(f"and {len(found) - len(shown)} more")
+  return "; ".join(shown)

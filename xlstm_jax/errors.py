@@ -1,5 +1,6 @@
 """The one exception for what a user can cause, and how commands report it."""
 
+import io
 import os
 import reprlib
 import select
@@ -7,6 +8,8 @@ import signal
 import sys
 from collections.abc import Callable
 from typing import TextIO
+
+from xlstm_jax import machine
 
 
 class UserError(ValueError):
@@ -26,19 +29,37 @@ def shown(value: object) -> str:
   return _SHORT.repr(value)
 
 
-def exit_code(main: Callable[[], int | None]) -> int:
+def exit_code(
+  main: Callable[[], int | None],
+  *,
+  less_memory: str = "Give it less at a time, or run it on more devices.",
+) -> int:
   """Runs a command's `main` and returns its exit status.
 
-  A `UserError` becomes one line on stderr and status 2; Ctrl-C and a reader of
-  stdout that went away, as `head` does, end it as their signals would. Every
-  other exception is a defect of ours and keeps its traceback.
+  A `UserError` becomes one line on stderr and status 2, and so do a platform
+  that is not there and memory that runs out; Ctrl-C and a reader of stdout that
+  went away, as `head` does, end it as their signals would. Every other
+  exception is a defect of ours and keeps its traceback. What stdout cannot show
+  is escaped.
+
+  Args:
+    main: the command; may return its status.
+    less_memory: a sentence on how it takes less of a device's memory.
   """
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="backslashreplace")
   try:
     status = main() or 0
     sys.stdout.flush()
     return status
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
+    return 2
+  except (RuntimeError, AssertionError, MemoryError) as error:
+    problem = machine.problem(error, less_memory=less_memory)
+    if problem is None:
+      raise
+    print(f"error: {problem}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)

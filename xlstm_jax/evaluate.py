@@ -1,14 +1,16 @@
 """Exact perplexity and bits per byte: `python -m xlstm_jax.evaluate --help`."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import heapq
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -92,8 +94,10 @@ def evaluate_split(
 ) -> Result:
   """Scores every token of every document and its end exactly once.
 
-  The result depends on `batch_size` and `mesh` by rounding alone. The losses
-  leave the device in fp32 and are added up in fp64.
+  The result depends on `batch_size`, `piece` and `mesh` by rounding alone. The
+  losses leave the device in fp32 and are added up in fp64. However long the
+  windows or documents are, a device holds its share of `batch_size` times
+  `piece` positions at a time, or of `batch_size` windows if they are shorter.
 
   Args:
     definition: the model; dropout is off.
@@ -101,11 +105,12 @@ def evaluate_split(
     split: what to score, or the folder whose "heldout" split it is.
     context: windows of so many positions, each from an empty state; or
       "document", where the state is carried through every document.
-    batch_size: rows at a time.
+    batch_size: rows at a time, at most.
     mesh: rows are spread over data and fsdp, positions over sequence.
     max_tokens: score at most about so many targets: whole windows at equal
       distances over the split, always the same; None for all.
-    piece: positions at a time where the context is "document".
+    piece: positions at a time of a window or document that is longer; a batch
+      of fewer rows has as many more.
     loss_chunk: positions whose logits exist at a time.
     before_batch: called before every batch; may raise to end the evaluation.
 
@@ -120,7 +125,10 @@ def evaluate_split(
       f"{split.directory} has {split.vocab_size} token ids, the model only "
       f"{definition.cfg.vocab_size}; prepare it with the model's tokenizer."
     )
-  length = piece if context == "document" else context
+  if context != "document":
+    # A window is no longer than the split.
+    context = min(context, _multiple(split.tokens, _step(mesh)))
+  length = piece if context == "document" else min(context, piece)
   _check_batch(batch_size, length, mesh)
   if context == "document":
     if max_tokens is not None:
@@ -128,15 +136,25 @@ def evaluate_split(
         "A limit of tokens needs windows; with context 'document' whole "
         "documents are scored."
       )
-    batches = _lanes(split, batch_size, length)
+    carry = True
+    stops = np.cumsum(split.document_lengths().astype(np.int64) + 1)
+    starts = np.concatenate([[0], stops[:-1]])
+    sources = split.document_sources()
   else:
-    batches = _windows(split, batch_size, length, max_tokens)
+    sources = None
+    carry = context > piece
+    starts = _window_numbers(split, context, max_tokens) * context
+    stops = np.minimum(starts + context, split.tokens)
+  if carry:
+    batches = _lanes(split, starts, stops, sources, batch_size, piece, mesh)
+  else:
+    batches = _windows(split, starts // length, batch_size, length, mesh)
   nats_S, tokens_S = _sums(
     definition,
     params,
     batches,
     len(split.sources),
-    carry=context == "document",
+    carry=carry,
     loss_chunk=loss_chunk,
     mesh=mesh,
     before_batch=before_batch,
@@ -176,64 +194,175 @@ def _result(split: Split, nats_S, tokens_S, *, whole: bool) -> Result:
   return Result(sources)
 
 
-def _windows(
-  split: Split, batch_size: int, context: int, max_tokens: int | None
-) -> Iterator[Batch]:
-  """Batches of independent windows; the last one has empty rows."""
+def _window_numbers(
+  split: Split, context: int, max_tokens: int | None
+) -> np.ndarray:
+  """The windows to score: all, or some at equal distances."""
   total = split.window_count(context)
   wanted = total
   if max_tokens is not None:
     wanted = min(max(max_tokens // context, 1), total)
-  numbers = np.arange(wanted) * total // wanted
-  for start in range(0, wanted, batch_size):
-    rows = numbers[start : start + batch_size]
+  return np.arange(wanted) * total // wanted
+
+
+def _windows(
+  split: Split, numbers: np.ndarray, batch_size: int, context: int, mesh: Mesh
+) -> Iterator[Batch]:
+  """Batches of independent windows; the last one may have empty rows."""
+  size = _even(len(numbers), batch_size, sharding.batch_shards(mesh))
+  for start in range(0, len(numbers), size):
+    rows = numbers[start : start + size]
     batch = split.windows(rows, context)
     batch["sources"] = split.window_sources(rows, context)
-    missing = ((0, batch_size - len(rows)), (0, 0))
+    missing = ((0, size - len(rows)), (0, 0))
     yield {name: np.pad(rows, missing) for name, rows in batch.items()}
 
 
-def _lanes(split: Split, batch_size: int, length: int) -> Iterator[Batch]:
+# Of all tokens, what lanes may take with the waiting for the longest of them.
+_WAITING = 4 / 3
+
+
+class _Lane(NamedTuple):
+  """Spans of the stream that a row reads one after the other.
+
+  Arrays of a number per span: its first input position in the stream, where it
+  begins and ends in the lane, and its source if it is of one.
+  """
+
+  starts: np.ndarray
+  begins: np.ndarray
+  ends: np.ndarray
+  sources: np.ndarray | None
+
+
+def _lanes(
+  split: Split,
+  starts: np.ndarray,
+  stops: np.ndarray,
+  sources: np.ndarray | None,
+  batch_size: int,
+  piece: int,
+  mesh: Mesh,
+) -> Iterator[Batch]:
   """Batches in which row b goes on where row b of the batch before ended.
 
-  The stream is cut between documents into one lane of about equal length for
-  each row. The segments of a lane count its documents, so that the state is
-  carried exactly as far as a document goes.
+  The segments of a lane count its spans and the documents in them, so that the
+  state is carried exactly as far as a document goes, and out of no span.
+
+  Args:
+    split: what is read.
+    starts: first input position of every span.
+    stops: the end of every span.
+    sources: of every span; None where they are of several.
+    batch_size: lanes, at most.
+    piece: positions at a time of so many lanes.
+    mesh: must divide a batch.
   """
-  sizes = split.document_lengths().astype(np.int64) + 1
-  borders = np.concatenate([[0], np.cumsum(sizes)])
-  cuts = np.linspace(0, split.tokens, batch_size + 1)
-  edges = borders[np.searchsorted(borders, cuts)]
-  starts, stops = edges[:-1], edges[1:]
-  seen_B1 = np.zeros((batch_size, 1), np.int32)
-  for _ in range(-(-int((stops - starts).max()) // length)):
-    batch = _read(split, starts, np.minimum(starts + length, stops), length)
-    opens_BT = batch["inputs"] == split.end_of_text
-    segments_BT = seen_B1 + np.cumsum(
-      opens_BT & (batch["segments"] > 0), axis=1, dtype=np.int32
-    )
-    seen_B1 = segments_BT[:, -1:]
-    batch["segments"] *= segments_BT
+  sizes = stops - starts
+  shards = sharding.batch_shards(mesh)
+  # With more lanes than these some would wait for the longest span.
+  rows = int(sizes.sum() // sizes.max()) // shards * shards
+  rows = min(max(rows, shards), batch_size)
+  packed, end = _packed(sizes, rows)
+  while rows > shards and rows * end > _WAITING * sizes.sum():
+    rows -= shards
+    packed, end = _packed(sizes, rows)
+  lanes = []
+  for spans in packed:
+    ends = np.cumsum(sizes[spans])
+    of_lane = None if sources is None else sources[spans]
+    lanes.append(_Lane(starts[spans], ends - sizes[spans], ends, of_lane))
+  length = _even(end, piece * (batch_size // rows), _step(mesh))
+  seen = [0] * rows
+  for first in range(0, end, length):
+    batch = {
+      name: np.zeros((rows, length), np.int32)
+      for name in ("inputs", "targets", "segments", "sources")
+    }
+    for row, lane in enumerate(lanes):
+      columns = {name: values[row] for name, values in batch.items()}
+      seen[row] = _read(split, lane, first, columns, seen[row])
     yield batch
-    starts = np.minimum(starts + length, stops)
 
 
-def _read(split: Split, starts, stops, length: int) -> Batch:
-  """Rows of input positions [start, stop), padded; segments are 0 or 1."""
-  shape = (len(starts), length)
-  batch = {
-    name: np.zeros(shape, np.int32)
-    for name in ("inputs", "targets", "segments", "sources")
-  }
-  for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-    n = stop - start
-    if n > 0:
-      tokens = split.read(int(start), int(stop) + 1)
-      batch["inputs"][row, :n] = tokens[:-1]
-      batch["targets"][row, :n] = tokens[1:]
-      batch["segments"][row, :n] = 1
-      batch["sources"][row, :n] = split.target_sources(int(start), int(stop))
-  return batch
+def _packed(sizes: np.ndarray, rows: int) -> tuple[list[np.ndarray], int]:
+  """The numbers of the spans of each lane, and the length of the longest lane.
+
+  The longest span is placed first, each in the lane that is the shortest yet.
+  """
+  lane_of = np.empty(len(sizes), np.int64)
+  shortest = [(0, lane) for lane in range(rows)]
+  for span in np.argsort(-sizes, kind="stable").tolist():
+    length, lane = shortest[0]
+    lane_of[span] = lane
+    heapq.heapreplace(shortest, (length + int(sizes[span]), lane))
+  borders = np.cumsum(np.bincount(lane_of, minlength=rows))[:-1]
+  return np.split(np.argsort(lane_of, kind="stable"), borders), max(shortest)[0]
+
+
+def _read(
+  split: Split,
+  lane: _Lane,
+  first: int,
+  columns: dict[str, np.ndarray],
+  segment: int,
+) -> int:
+  """Fills one row with a lane's positions from `first` on.
+
+  Args:
+    split: what is read.
+    lane: of it.
+    first: position in the lane.
+    columns: zeros [T] for each name of a batch.
+    segment: the last of the lane before `first`.
+
+  Returns:
+    The last segment.
+  """
+  stop = first + len(columns["inputs"])
+  low = np.searchsorted(lane.ends, first, side="right")
+  high = np.searchsorted(lane.begins, stop)
+  for number in range(low, high):
+    begin = int(max(lane.begins[number], first))
+    end = int(min(lane.ends[number], stop))
+    start = int(lane.starts[number] - lane.begins[number]) + begin
+    tokens = split.read(start, start + end - begin + 1)
+    opens = tokens[:-1] == split.end_of_text
+    opens[0] |= begin == lane.begins[number]
+    segments = segment + np.cumsum(opens)
+    segment = int(segments[-1])
+    at = slice(begin - first, end - first)
+    columns["inputs"][at] = tokens[:-1]
+    columns["targets"][at] = tokens[1:]
+    columns["segments"][at] = segments
+    if lane.sources is None:
+      sources = split.target_sources(start, start + end - begin)
+    else:
+      sources = lane.sources[number]
+    columns["sources"][at] = sources
+  return segment
+
+
+def _even(count: int, limit: int, step: int) -> int:
+  """The size of parts, at most `limit`, that leave little of the last empty.
+
+  It is a multiple of `step`, or the limit.
+  """
+  parts = -(-count // limit)
+  return min(_multiple(-(-count // parts), step), limit)
+
+
+def _multiple(count: int, step: int) -> int:
+  """The next multiple of `step`."""
+  return -(-count // step) * step
+
+
+def _step(mesh: Mesh) -> int:
+  """Positions by which the length of a short batch is rounded up.
+
+  Each share of the time needs a few, and shapes should not be too many.
+  """
+  return 64 * mesh.shape["sequence"]
 
 
 def _sums(
@@ -341,6 +470,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
   mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1))
   model = trained.load(options.workdir, step=options.step, mesh=mesh)
   context = options.context or model.cfg.data.context
+  if context == "document":
+    piece = length = min(model.cfg.data.context, _BATCH_TOKENS)
+  else:
+    piece, length = _BATCH_TOKENS, min(context, _BATCH_TOKENS)
+  batch_size = options.batch_size or (
+    _BATCH_TOKENS // length * sharding.batch_shards(mesh)
+  )
   paths = options.data or model.cfg.data.paths
   if not paths:
     raise UserError(f"The run in {options.workdir} names no data: give --data.")
@@ -357,15 +493,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
   }
   print(f"{options.workdir}, step {model.step}, context {context}", flush=True)
   for path, split in splits.items():
-    result = evaluate_split(
-      model.definition,
-      model.params,
-      split,
-      context=context,
-      batch_size=options.batch_size or _batch_size(model, context, mesh),
-      mesh=mesh,
-      piece=model.cfg.data.context,
-    )
+    with _memory_explained(context, batch_size):
+      result = evaluate_split(
+        model.definition,
+        model.params,
+        split,
+        context=context,
+        batch_size=batch_size,
+        mesh=mesh,
+        piece=piece,
+      )
     baselines = _baselines(split, counted) if counted is not None else {}
     print(
       f"\n{options.split} of {path}\n{table(result, baselines)}", flush=True
@@ -417,7 +554,8 @@ def _parser() -> argparse.ArgumentParser:
     "--batch-size",
     type=_positive,
     metavar="N",
-    help=f"rows at a time (default: {_BATCH_TOKENS} tokens on every device)",
+    help="rows at a time, at most; of longer windows and of documents a piece "
+    f"at a time (default: {_BATCH_TOKENS} tokens on every device)",
   )
   parser.add_argument(
     "--ngrams",
@@ -441,9 +579,21 @@ def _context(text: str) -> Context:
   return "document" if text == "document" else _positive(text)
 
 
-def _batch_size(model: trained.Trained, context: Context, mesh: Mesh) -> int:
-  length = model.cfg.data.context if context == "document" else context
-  return max(_BATCH_TOKENS // length, 1) * sharding.batch_shards(mesh)
+@contextlib.contextmanager
+def _memory_explained(context: Context, batch_size: int) -> Iterator[None]:
+  """Within, memory that runs out is an error of the arguments."""
+  try:
+    yield
+  except (jax.errors.JaxRuntimeError, MemoryError) as error:
+    # What XLA says of a device's memory and of a CPU's.
+    on_device = "RESOURCE_EXHAUSTED" in str(error)
+    if not on_device and not isinstance(error, MemoryError):
+      raise
+    raise UserError(
+      f"Memory ran out with --context={context} and --batch-size={batch_size}; "
+      "a smaller --batch-size takes less, and so do shorter windows, "
+      "--context=N."
+    ) from error
 
 
 def _count(paths: Sequence[str]) -> ngrams.NGrams:

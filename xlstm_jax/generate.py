@@ -8,14 +8,13 @@ import argparse
 import dataclasses
 import functools
 import sys
-import time
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlstm_jax import sharding, trained
+from xlstm_jax import metrics, sharding, trained
 from xlstm_jax.errors import UserError, exit_code
 from xlstm_jax.models.language_model import Definition, Params
 from xlstm_jax.sharding import MeshConfig
@@ -26,6 +25,8 @@ PIECE = 1024
 _SHORTEST_PIECE = 8
 # Tokens drawn between two looks at them from outside.
 BLOCK = 32
+# What time is spent on.
+COMPILE, READ, DRAW, OTHER = "compile", "read", "draw", "other"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,7 @@ def stream(
   end_of_text: int,
   vocab_size: int,
   sampling: Sampling,
+  clock: metrics.Clock | None = None,
 ) -> Iterator[np.ndarray]:
   """Continues every prompt, as the start of a document, in blocks of tokens.
 
@@ -115,10 +117,11 @@ def stream(
     end_of_text: id of the token between documents.
     vocab_size: the tokenizer's; the model may have unused ids above it.
     sampling: how tokens are drawn.
+    clock: counts the time spent on `COMPILE`, `READ` and `DRAW`.
 
   Yields:
     The next ids of every row [B, T], T at most `BLOCK`; a row that has ended
-    repeats the end-of-text.
+    repeats the end-of-text. All programs are compiled before the first.
 
   Raises:
     UserError: `max_tokens` is negative, or the model lacks tokens.
@@ -130,12 +133,16 @@ def stream(
       f"The tokenizer has {vocab_size} ids, the model only "
       f"{definition.cfg.vocab_size}; use the model's tokenizer."
     )
-  state, x_BD = _prefill(definition, params, prompts, end_of_text)
+  clock = clock or metrics.Clock(OTHER)
+  state, x_BD = _prefill(definition, params, prompts, end_of_text, clock)
   done_B = jnp.zeros(len(prompts), bool)
   top_k = vocab_size if sampling.top_k is None else sampling.top_k
   for start in range(0, max_tokens, BLOCK):
     count = min(BLOCK, max_tokens - start)
-    tokens_BT, done_B, state, x_BD = _steps(
+    tokens_BT, done_B, state, x_BD = _timed(
+      clock,
+      DRAW,
+      _steps,
       definition,
       params,
       state,
@@ -152,16 +159,34 @@ def stream(
       block=BLOCK,
     )
     yield np.asarray(tokens_BT)[:, :count]
-    if bool(done_B.all()):
+    if np.asarray(done_B).all():
       return
 
 
-def _prefill(definition, params, prompts, end_of_text):
+def _timed(clock, activity, program, *arguments, **static):
+  """Calls a jitted program; its compilation is counted apart, and done once."""
+  with clock.spent_on(COMPILE):
+    program.lower(*arguments, **static).compile()
+  with clock.spent_on(activity):
+    return jax.block_until_ready(program(*arguments, **static))
+
+
+def _prefill(definition, params, prompts, end_of_text, clock):
   """The state behind every prompt, and the model's output at its last token."""
   rows = [[end_of_text, *prompt] for prompt in prompts]
-  state, x_BD = _empty(definition, params, batch=len(rows))
+  state, x_BD = _timed(clock, READ, _empty, definition, params, batch=len(rows))
   for tokens_BT, segments_BT in pieces(rows):
-    state, x_BD = _read(definition, params, state, x_BD, tokens_BT, segments_BT)
+    state, x_BD = _timed(
+      clock,
+      READ,
+      _read,
+      definition,
+      params,
+      state,
+      x_BD,
+      tokens_BT,
+      segments_BT,
+    )
   return state, x_BD
 
 
@@ -302,10 +327,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
   model = trained.load(options.workdir, step=options.step, mesh=mesh)
   tokenizer = trained.find_tokenizer(model, options.workdir)
   prompt = tokenizer.encode(options.prompt).tolist()
-  started = time.perf_counter()
-  decoder = tokenizer.stream()
+  clock = metrics.Clock(OTHER)
+  decoder = tokenizer.stream(prompt)
   drawn = 0
-  print(options.prompt, end="", flush=True)
+  # It is shown with the first tokens, after whatever XLA has to say while it
+  # compiles: on a terminal, that would stand in the middle of the text.
+  text = options.prompt
   with jax.set_mesh(mesh):
     for tokens_1T in stream(
       model.definition,
@@ -315,18 +342,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
       end_of_text=tokenizer.end_of_text,
       vocab_size=tokenizer.vocab_size,
       sampling=sampling,
+      clock=clock,
     ):
       tokens = tokens_1T[0][tokens_1T[0] != tokenizer.end_of_text].tolist()
       drawn += len(tokens)
-      print("".join(map(decoder.feed, tokens)), end="", flush=True)
-  print(decoder.flush())
-  seconds = time.perf_counter() - started
+      text += "".join(map(decoder.feed, tokens))
+      print(text, end="", flush=True)
+      text = ""
+  print(text + decoder.flush(), flush=True)
+  spent = clock.spent()
+  read = _speed(len(prompt), spent[READ])
+  draw = _speed(drawn, spent.get(DRAW, 0.0))
   print(
-    f"step {model.step}: {len(prompt)} tokens read, {drawn} drawn in "
-    f"{seconds:.1f} s",
+    f"step {model.step}: {len(prompt)} tokens read in {read}, {drawn} drawn in "
+    f"{draw}; compiled in {spent[COMPILE]:.1f} s",
     file=sys.stderr,
   )
   return 0
+
+
+def _speed(tokens: int, seconds: float) -> str:
+  """The time that tokens took, and how many a second that is."""
+  rate = f" ({tokens / seconds:.3g} tokens/s)" if tokens else ""
+  return f"{seconds:.3g} s{rate}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -128,8 +128,18 @@ def gates(name: str, rng: np.random.Generator, shape: tuple[int, ...]):
     "mixed=100": (i + 100 * signs[0], f + 100 * signs[1]),
     "forget": (i, np.where(signs[0] * signs[1] > 0, -1e4, f + 6)),
     "capped": (15 * np.tanh(10 * i), 15 * np.tanh(10 * f)),
+    # Few tokens write so loudly that they rule the memory long after.
+    **{f"first={x}": (_loud(i, x, 1), f + 6) for x in (8, 10, 12, 15)},
+    **{f"few={x}": (_loud(i, x, 3), f + 6) for x in (8, 15)},
   }
   return kinds[name]
+
+
+def _loud(i, value: float, count: int):
+  """The input gates i, but `value` at the first tokens, 5 apart."""
+  i = i.copy()
+  i[:, : 5 * count : 5] = value
+  return i
 
 
 GATES = (
@@ -140,6 +150,7 @@ GATES = (
   *("i=50", "i=-50", "i=100", "i=-100"),
   *("f=50", "f=-50", "f=100", "f=-100"),
   *("both=-100", "mixed=50", "mixed=100", "forget", "capped"),
+  *("first=8", "first=10", "first=12", "first=15", "few=8", "few=15"),
 )
 
 
@@ -447,7 +458,7 @@ def rounded_shares(
     floor = inside + states / (4 * np.finfo(np.float32).eps)
     largest["df"] = float(slope * floor)
     factors = dict.fromkeys(("di", "df", "dC"), 2 * np.sqrt(2))
-    rounded = ("di", "dn")
+    rounded = ("di", "dn", "C", "dC")
   shares = {
     name: excess(
       value,

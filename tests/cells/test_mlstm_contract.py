@@ -361,7 +361,7 @@ def no_normaliser_gradient(monkeypatch):
 
 def no_scale_gradient(monkeypatch):
   """The scale of the last state counts as a constant."""
-  monkeypatch.setattr(chunkwise, "with_own_scale", lambda state: state)
+  monkeypatch.setattr(chunkwise, "with_own_scale", lambda state, _: state)
 
 
 def differences_of_running_sums(monkeypatch):
@@ -417,7 +417,7 @@ def leak_between_devices(monkeypatch):
 
 def only_the_neighbour(monkeypatch):
   """A device learns nothing of those before its neighbour."""
-  monkeypatch.setattr(sequence, "composed", lambda first, second: second)
+  monkeypatch.setattr(sequence, "composed", lambda _, second, dtype: second)
 
 
 def own_end(monkeypatch):

@@ -90,8 +90,9 @@ def by_scales(x, s, chunk: int, eps: float):
 
 
 # Exponents are sums of float32 numbers near 50 or 100, and where many writers
-# have such gates, u all but cancels in some rows: 1.0e-4 and 4.9e-4 measured.
-LOSS = {"i=50": 2e-4, "i=100": 1e-3}
+# have such gates, u all but cancels in some rows: 1.3e-5, 1.1e-5 and 1.7e-5
+# measured with jax 0.12 (1.0e-4 and 4.9e-4 the first two with another).
+LOSS = {"i=50": 2e-4, "i=100": 1e-3, "few=15": 5e-5}
 
 
 @pytest.mark.parametrize("gate", contract.GATES)
@@ -251,6 +252,7 @@ def test_packed_bits_give_16_of_the_bits_of_float32(width):
     # Where all forget, dn hangs on the rounding of one weight.
     (128, 67, (64, 128), "sigmoid capped forget"),
     (256, 301, (64, 128), "exp normal capped i=-100"),
+    (128, 200, (64, 128), "exp first=8 first=15 few=15"),
     # Several blocks of values.
     (128, 200, (64, 384), "exp normal"),
     # Keys in parts that overlap; some, too, that are padded to so many.
@@ -267,10 +269,16 @@ def test_interpreted_kernels_hold_the_contract(chunk, time, dims, gates):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "mutation", ["leak", "late_read", "constant_normaliser"]
+  ("mutation", "time", "gates"),
+  [
+    ("leak", 67, "exp normal"),
+    ("late_read", 67, "exp normal"),
+    ("constant_normaliser", 67, "exp normal"),
+    ("one_part", 200, "exp first=12"),
+  ],
 )
-def test_faults_of_interpreted_kernels_are_found(mutation):
-  done = interpreted(128, 67, (64, 128), "exp normal", MUTATION=mutation)
+def test_faults_of_interpreted_kernels_are_found(mutation, time, gates):
+  done = interpreted(128, time, (64, 128), gates, MUTATION=mutation)
   assert done.returncode == 1
   assert "AssertionError" in done.stderr
 

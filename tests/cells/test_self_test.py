@@ -1,12 +1,15 @@
 """A wrong kernel is found before it trains."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from xlstm_jax.cells.backends import Backend
-from xlstm_jax.cells.mlstm import BACKENDS, self_test
+from xlstm_jax.cells.mlstm import BACKENDS, parallel, self_test
 from xlstm_jax.cells.mlstm.chunkwise import chunkwise
+from xlstm_jax.cells.precision import multiplied
 from xlstm_jax.errors import UserError
 
 SHAPE = self_test.Shape(B=2, T=96, H=2, K=16, V=32)
@@ -75,9 +78,21 @@ def no_gradient(run, q, k, v, i, f):
   return run(q, k, v, jax.lax.stop_gradient(i), f)
 
 
+def rounded_memory(run, q, k, v, i, f):
+  """C is read in 8 bits, and n in more."""
+
+  def in_one_part(*args, parts):
+    del parts
+    return multiplied(*args)
+
+  with mock.patch.object(parallel, "multiplied", in_one_part):
+    return run(q, k, v, i, f)
+
+
 @pytest.mark.parametrize(
   ("defect", "named"),
   [
+    (rounded_memory, "h is off by"),
     (wrong_head, "h is off by"),
     (not_a_number, "h is off by nan"),
     (wrong_gradient, ": dv is off by"),

@@ -118,6 +118,9 @@ def test_documents_come_back(
   split = shards.open_split(directory, "train")
   assert split.documents == len(documents)
   assert split.document_lengths().tolist() == [len(t) for t, _ in documents]
+  assert split.document_sources().tolist() == [
+    source for _, source in documents
+  ]
   for number, (text, source) in enumerate(documents):
     document = split.document(number)
     assert document.tokens.tolist() == [E, *text, E]

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from xlstm_jax.data import tokenizer
 from xlstm_jax.data.tokenizer import ByteTokenizer, Tokenizer
@@ -94,6 +94,146 @@ def test_streaming_never_shows_half_a_character(tokens: Tokenizer):
   shown = [stream.feed(int(token)) for token in tokens.encode(text)]
   assert "\ufffd" not in "".join(shown)
   assert "".join(shown) + stream.flush() == text
+
+
+# Pieces of words, spaces, bytes and repetitions, as the decoders spell them.
+PIECES = [
+  "▁the",
+  "▁",
+  "▁▁",
+  "qu",
+  "ick",
+  "##s",
+  "fox</w>",
+  ".",
+  "n't",
+  " ",
+  "a",
+]
+PIECES += ["<0xE4>", "<0xB8>", "<0x96>", "<0x41>", "ä", "\u00b8", "ĸ", "Ġa"]
+PIECES += ["<pad>", "|", "é", "▁dog"]
+SPACES = decoders.Replace("▁", " ")
+DECODERS = {
+  "none": None,
+  "ByteLevel": decoders.ByteLevel(),
+  "Metaspace": decoders.Metaspace(),
+  "Metaspace first": decoders.Metaspace(prepend_scheme="first"),
+  "Metaspace never": decoders.Metaspace(prepend_scheme="never"),
+  "WordPiece": decoders.WordPiece(),
+  "WordPiece as it is": decoders.WordPiece(cleanup=False),
+  "BPEDecoder": decoders.BPEDecoder(),
+  "CTC": decoders.CTC(),
+  "Replace": SPACES,
+  "Fuse": decoders.Fuse(),
+  "ByteFallback": decoders.ByteFallback(),
+  "Strip": decoders.Strip(" ", 1, 0),
+  "Gemma": decoders.Sequence(
+    [SPACES, decoders.ByteFallback(), decoders.Fuse()]
+  ),
+  "Llama": decoders.Sequence(
+    [
+      SPACES,
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+      decoders.Strip(" ", 1, 0),
+    ]
+  ),
+  "two spaces stripped": decoders.Sequence(
+    [SPACES, decoders.Fuse(), decoders.Strip(" ", 2, 0)]
+  ),
+  "stripped at the end": decoders.Sequence(
+    [SPACES, decoders.Fuse(), decoders.Strip(" ", 0, 1)]
+  ),
+}
+
+
+def with_decoder(name: str) -> Tokenizer:
+  """Ids of `PIECES`, and the end of text after them."""
+  vocab = {piece: i for i, piece in enumerate([*PIECES, "</s>"])}
+  value = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="a"))
+  if (decoder := DECODERS[name]) is not None:
+    value.decoder = decoder
+  data = value.to_str().encode()
+  return tokenizer.HuggingFaceTokenizer(data, Path(name))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_prompt_and_the_stream_behind_it_add_up_to_the_whole(name: str):
+  tokens = with_decoder(name)
+
+  @given(ids=st.lists(st.integers(0, len(PIECES) - 1), max_size=9))
+  @settings(max_examples=150, deadline=None, derandomize=True)
+  def holds(ids: list[int]):
+    whole = tokens.decode(ids)
+    if "\ufffd" in whole:
+      return
+    for cut in range(len(ids) + 1):
+      prompt = tokens.decode(ids[:cut])
+      if not prompt.endswith("\ufffd"):
+        stream = tokens.stream(ids[:cut])
+        shown = "".join(map(stream.feed, ids[cut:])) + stream.flush()
+        assert prompt + shown == whole
+
+  holds()
+
+
+@pytest.mark.parametrize(
+  ("name", "prompt", "drawn", "shown"),
+  [
+    # Each lost its space, or was shown with one too many.
+    ("Llama", ["▁the"], ["▁dog"], " dog"),
+    ("Metaspace", ["▁the"], ["▁dog", "▁▁", "▁dog"], " dog   dog"),
+    ("WordPiece", ["qu"], ["##s", "a"], "s a"),
+    ("BPEDecoder", ["fox</w>"], ["qu", "fox</w>"], " qufox"),
+    ("CTC", ["a"], ["a", "<pad>", "a"], "a"),
+    ("none", ["a"], ["a"], " a"),
+    ("two spaces stripped", ["a"], ["▁", "▁", "a"], "  a"),
+    # Nothing stands before it.
+    ("Llama", [], ["▁the", "▁dog"], "the dog"),
+    # Bytes that are no character, after one that is.
+    ("Gemma", ["<0xE4>", "<0xB8>", "<0x96>"], ["<0xB8>", "a"], "\ufffda"),
+  ],
+)
+def test_text_behind_a_prompt(
+  name: str, prompt: list[str], drawn: list[str], shown: str
+):
+  stream = with_decoder(name).stream(map(PIECES.index, prompt))
+  text = "".join(map(stream.feed, map(PIECES.index, drawn))) + stream.flush()
+  assert text == shown
+
+
+@pytest.mark.parametrize(
+  ("name", "drawn", "shown"),
+  [
+    ("Metaspace", ["▁dog"], " dog"),
+    ("WordPiece", ["qu", "##s"], " qus"),
+    ("ByteLevel", ["Ġa"], " a"),
+    ("none", ["qu"], " qu"),
+  ],
+)
+def test_text_behind_one_that_is_not_given(
+  name: str, drawn: list[str], shown: str
+):
+  stream = with_decoder(name).stream()
+  text = "".join(map(stream.feed, map(PIECES.index, drawn))) + stream.flush()
+  assert text == shown
+
+
+def test_the_stream_decodes_few_ids_at_a_time(monkeypatch: pytest.MonkeyPatch):
+  """Also of ids whose text would be stripped if they stood alone."""
+  tokens = with_decoder("Metaspace")
+  stream = tokens.stream([0])
+  longest = 0
+
+  def decode(ids, decode=tokens.decode):
+    nonlocal longest
+    longest = max(longest, len(ids))
+    return decode(ids)
+
+  monkeypatch.setattr(tokens, "decode", decode)
+  text = "".join(stream.feed(PIECES.index("▁▁")) for _ in range(50))
+  assert text == " " * 100
+  assert longest <= 3
 
 
 def test_the_end_of_text_has_no_text(tokens: Tokenizer):

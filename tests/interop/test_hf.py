@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import exported
 import golden
 import jax
 import jax.numpy as jnp
@@ -349,7 +350,10 @@ def test_a_byte_model_comes_back_with_its_tokenizer(tmp_path):
   hf.export_folder(tmp_path / "workdir", tmp_path / "out")
   content = json.loads((tmp_path / "out" / "config.json").read_text())
   assert [content[name] for name in large.TOKEN_IDS] == [256] * 3
-  assert not (tmp_path / "out" / hf.GENERATION).exists()
+  generation = json.loads((tmp_path / "out" / hf.GENERATION).read_text())
+  assert generation == {
+    name: content[name] for name in (*large.TOKEN_IDS, "use_cache")
+  }
   hf.import_folder(tmp_path / "out", tmp_path / "again")
   assert tokenizers.load(tmp_path / "again").kind == "byte"
 
@@ -365,11 +369,175 @@ def test_ids_that_a_folder_leaves_to_upstream_are_left_to_it(tmp_path, copied):
   assert ours["pad_token_id"] == 1
 
 
+@pytest.mark.parametrize("id", [-1, 2**32])
+def test_an_end_of_text_that_no_tokenizer_has_is_named(tmp_path, copied, id):
+  with_tokenizer(copied, eos_token_id=id)
+  with pytest.raises(UserError, match=f"no token of id {id} to end a text"):
+    hf.import_folder(copied, tmp_path / "workdir")
+
+
 def test_an_unusable_tokenizer_is_named(tmp_path, copied):
   (copied / "tokenizer.json").write_text("{}")
   with pytest.raises(UserError, match=r"tokenizer.json is not a .*tokenizer"):
     hf.import_folder(copied, tmp_path / "workdir")
   assert not (tmp_path / "workdir").exists()
+
+
+CHAT = {
+  "tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast", '
+  '"eos_token": {"content": "<|endoftext|>"}, "padding_side": "left"}',
+  "special_tokens_map.json": '{"eos_token": "<|endoftext|>"}',
+  "added_tokens.json": '{"<|endoftext|>": 0}',
+  "chat_template.jinja": "{{ messages }}",
+  "additional_chat_templates/tool.jinja": "{{ tools }}",
+  "vocab.json": "{}",
+  "merges.txt": "#version: 0.2\n",
+  "tokenizer.model": "\x00model",
+}
+
+
+def with_tokenizer(folder: pathlib.Path, **ids) -> pathlib.Path:
+  """Adds a tokenizer of 257 ids to a checkpoint folder; `ids` to its config."""
+  (folder / "tokenizer.json").write_bytes(
+    tokenizers.train(["some text"], 257).plain_file()
+  )
+  content = json.loads((folder / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps(content | ids))
+  return folder
+
+
+def exported_again(folder: pathlib.Path, tmp_path: pathlib.Path):
+  """The files of a folder that was imported and exported, and what was said."""
+  hf.import_folder(folder, tmp_path / "workdir")
+  told = hf.export_folder(tmp_path / "workdir", tmp_path / "out")
+  return tmp_path / "out", told
+
+
+def test_an_import_keeps_the_files_of_the_tokenizer(tmp_path, copied):
+  with_tokenizer(copied)
+  for name, text in CHAT.items():
+    (copied / name).parent.mkdir(exist_ok=True)
+    (copied / name).write_text(text)
+  (copied / "README.md").write_text("not the tokenizer's")
+  out, _ = exported_again(copied, tmp_path)
+  for name in (*CHAT, "tokenizer.json"):
+    assert (out / name).read_bytes() == (copied / name).read_bytes()
+  assert not (out / "README.md").exists()
+  # They are of that tokenizer, also where it was only told by its hash.
+  tokenizers.train(["some other text"], 257).save(tmp_path / "workdir")
+  hf.export_folder(tmp_path / "workdir", tmp_path / "other")
+  assert not (tmp_path / "other" / "chat_template.jinja").exists()
+  said = json.loads((tmp_path / "other" / "tokenizer_config.json").read_text())
+  assert said["eos_token"] == said["pad_token"] == "<|endoftext|>"
+  assert said["padding_side"] == "right"
+
+
+def test_files_without_a_tokenizer_json_are_kept_too(tmp_path, copied):
+  (copied / "tokenizer.model").write_bytes(b"sentencepiece")
+  (copied / "tokenizer_config.json").write_text("{")
+  out, told = exported_again(copied, tmp_path)
+  assert (out / "tokenizer.model").read_bytes() == b"sentencepiece"
+  assert (out / "tokenizer_config.json").read_text() == "{"
+  assert any("no tokenizer" in sentence for sentence in told)
+
+
+def test_a_damaged_tokenizer_of_the_import_leaves_no_export(tmp_path, copied):
+  """A byte tokenizer does not read it; transformers would."""
+  tokenizers.ByteTokenizer().save(copied)
+  (copied / "tokenizer.json").write_text("{}")
+  hf.import_folder(copied, tmp_path / "workdir")
+  with pytest.raises(UserError, match="not a usable"):
+    hf.export_folder(tmp_path / "workdir", tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+def test_an_import_without_a_tokenizer_config_gets_one(tmp_path, copied):
+  """Of the ids that its config.json gives, where the tokenizer has them."""
+  with_tokenizer(copied, bos_token_id=5, eos_token_id=[0, 6], pad_token_id=None)
+  out, _ = exported_again(copied, tmp_path)
+  said = json.loads((out / "tokenizer_config.json").read_text())
+  known = tokenizers.build(
+    json.loads((out / "tokenizer.json").read_text()), out
+  )
+  assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
+  assert said["bos_token"] == known.id_to_token(5)
+  assert said["eos_token"] == "<|endoftext|>"
+  assert "pad_token" not in said
+  content = json.loads((out / "config.json").read_text())
+  assert content["eos_token_id"] == [0, 6]
+
+
+def test_an_export_imports_with_the_tokenizer_of_the_training_data(tmp_path):
+  """Also where transformers has to read another tokenizer.json."""
+  exported.make_run(tmp_path / "run", "wide")
+  hf.export_folder(tmp_path / "run", tmp_path / "0")
+  trained_with = tokenizers.load(tmp_path / "run")
+  file = (tmp_path / "0" / "tokenizer.json").read_bytes()
+  assert file != (tmp_path / "run" / "tokenizer.json").read_bytes()
+  for turn in (1, 2):
+    hf.import_folder(tmp_path / f"{turn - 1}", tmp_path / f"workdir{turn}")
+    tokenizer = tokenizers.load(tmp_path / f"workdir{turn}")
+    assert tokenizer.spec == trained_with.spec
+    hf.export_folder(tmp_path / f"workdir{turn}", tmp_path / f"{turn}")
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+      ours = (tmp_path / f"{turn}" / name).read_bytes()
+      assert ours == (tmp_path / "0" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+  ("ids", "tokenizer_config", "told"),
+  [
+    ({"pad_token_id": 300}, {}, "gives pad_token_id as 300, but the model has"),
+    ({"eos_token_id": [0, 97]}, {}, "gives eos_token_id as 97, but the model"),
+    ({"pad_token_id": -1}, {}, "gives pad_token_id as -1, but the model has"),
+    ({}, {}, "The tokenizer has 257 ids, but the model only 97"),
+    (
+      {},
+      {"pad_token": {"content": "[PAD]"}},
+      "gives pad_token as '[PAD]', which tokenizer.json does not have",
+    ),
+  ],
+)
+def test_ids_that_the_model_does_not_have_are_told(
+  tmp_path, copied, ids, tokenizer_config, told
+):
+  with_tokenizer(copied, **ids)
+  if tokenizer_config:
+    path = copied / "tokenizer_config.json"
+    path.write_text(json.dumps(tokenizer_config))
+  _, sentences = exported_again(copied, tmp_path)
+  assert any(told in sentence for sentence in sentences)
+
+
+def test_faults_of_transformers_are_told_on_stderr(tmp_path, capsys):
+  """The cache of the golden's sizes fits it; its mask is ignored."""
+  hf.import_folder(SOURCE, tmp_path / "workdir")
+  words = (f"--workdir={tmp_path / 'workdir'}", f"--output={tmp_path / 'out'}")
+  code, stderr = run(capsys, "export", *words)
+  assert code == 0
+  assert all(line.startswith("warning: ") for line in stderr.splitlines())
+  assert "ignores attention_mask" in stderr
+  assert "use_cache" not in stderr
+
+
+@pytest.mark.parametrize(
+  ("width", "heads", "qk_factor", "fits"),
+  [
+    (128, 2, 0.5, True),
+    (64, 2, 0.5, False),
+    (96, 2, 0.5, False),
+    (192, 4, 0.5, False),
+    (320, 4, 0.4, True),
+    # Each of 65 heads has one channel in either.
+    (65, 65, 1.0, True),
+  ],
+)
+def test_sizes_that_the_cache_of_transformers_fits(
+  width, heads, qk_factor, fits
+):
+  mixer = MLSTMLargeConfig(num_heads=heads, qk_factor=qk_factor)
+  cfg = ModelConfig(vocab_size=8, width=width, num_blocks=1, mlstm_large=mixer)
+  assert (large.cache_fault(cfg) is None) == fits
 
 
 def test_the_other_commands_find_imported_parameters(tmp_path):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,16 @@ import pytest
 import small_7b
 from jax.experimental import pallas as pl
 
+from xlstm_jax import sharding
+from xlstm_jax.config import RunConfig
+from xlstm_jax.data.pipeline import DataConfig
+from xlstm_jax.layers.compute import Compute
 from xlstm_jax.models import counts
+from xlstm_jax.models.config import ModelConfig
+from xlstm_jax.models.language_model import Definition
 from xlstm_jax.plan import machines, program
+from xlstm_jax.train import state as states
+from xlstm_jax.train import step as steps
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SMALL = f"--config={EXPERIMENTS / 'quickstart.py'}"
@@ -43,6 +52,47 @@ def plan(tmp_path, *arguments):
   )
   written = json.loads(file.read_text()) if file.exists() else None
   return done.returncode, done.stdout, done.stderr, written
+
+
+# Of what a device has: room for other versions of the compiler, and for what
+# JAX allocates besides.
+MOST = 0.9
+
+
+@pytest.mark.parametrize(
+  ("experiment", "topology", "overrides"),
+  [
+    # Of the other sizes [7:1] takes many minutes to compile.
+    pytest.param("xlstm_125m.py:7:1", None, (), marks=for_gpus),
+    pytest.param("xlstm_125m.py", None, (), marks=for_gpus),
+    pytest.param("xlstm_350m.py", None, (), marks=for_gpus),
+    pytest.param("xlstm_1b.py", None, (), marks=for_gpus),
+    pytest.param("xlstm_7b.py", None, (), marks=for_gpus),
+    pytest.param(
+      "xlstm_7b.py",
+      "v5p:8x8x8",
+      ("mesh.data=64", "mesh.fsdp=8", "accumulation=1"),
+      marks=for_tpus,
+    ),
+  ],
+)
+def test_an_experiment_fits_the_machine_that_it_names(
+  tmp_path, monkeypatch, experiment, topology, overrides
+):
+  """Or another one, with what its docstring says to override."""
+  for name in machines.FRACTIONS:
+    monkeypatch.delenv(name, raising=False)
+  file = EXPERIMENTS / experiment.partition(":")[0]
+  topology = topology or runpy.run_path(str(file))["MACHINE"]
+  status, _, err, found = plan(
+    tmp_path,
+    f"--config={EXPERIMENTS / experiment}",
+    f"--topology={topology}",
+    *(f"--config.{override}" for override in overrides),
+  )
+  assert status == 0, err
+  assert found["topology"] == topology
+  assert found["peak_bytes"] <= MOST * found["memory"]
 
 
 @for_tpus
@@ -177,6 +227,34 @@ def test_64_gpus_of_8_nodes(tmp_path):
   embedding = model.vocab_size * model.width
   sums = 2 * (2 * found["parameters"] + 2 * embedding) / 8
   assert moved["all-reduce"] == pytest.approx(sums, rel=0.02)
+
+
+@for_gpus
+def test_a_deterministic_step_sums_no_gradient_by_atomic_additions():
+  """As that of the embedding is otherwise, in the order in which they come."""
+  machine = machines.machine("h200:1")
+  sorted_by = {}
+  for deterministic in (False, True):
+    compute = Compute(dtype="float32", deterministic=deterministic)
+    cfg = RunConfig(
+      model=ModelConfig(vocab_size=64, width=32, num_blocks=1),
+      data=DataConfig(context=32),
+      compute=compute,
+      batch_size=2,
+    )
+    definition = Definition(cfg.model, compute)
+    mesh = sharding.make_mesh(cfg.mesh, machine.devices)
+    with jax.set_mesh(mesh):
+      lowered = steps.compiled(definition, cfg, mesh).lower(
+        states.abstract(definition, mesh), steps.abstract_batch(cfg, mesh)
+      )
+    lines = lowered.compile().as_text().splitlines()
+    sorted_by[deterministic] = [
+      "indices_are_sorted=true, unique_indices=true" in line
+      for line in lines
+      if " scatter(" in line
+    ]
+  assert sorted_by == {False: [False], True: [True]}
 
 
 @for_gpus

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import runpy
+import types
 
 import pytest
 
@@ -105,3 +106,69 @@ def test_a_profile_without_a_gpu_is_refused():
   )
   with pytest.raises(UserError, match="--profile needs a GPU"):
     BENCH["bench"](asked, SMALL)
+
+
+@pytest.fixture
+def experiment(tmp_path):
+  file = tmp_path / "small.py"
+  file.write_text(
+    "from xlstm_jax import config\n"
+    "from xlstm_jax.data.pipeline import DataConfig\n"
+    "from xlstm_jax.models.config import ModelConfig\n"
+    "def get_config(blocks='1'):\n"
+    "  return config.to_config_dict(config.RunConfig(\n"
+    "    model=ModelConfig(vocab_size=64, width=16, num_blocks=int(blocks)),\n"
+    "    data=DataConfig(context=32), batch_size=16, accumulation=2))\n"
+  )
+  return str(file)
+
+
+@pytest.mark.slow
+def test_the_step_of_an_experiment_is_timed(experiment, monkeypatch):
+  bench = BENCH["bench_recipe"]
+  monkeypatch.setitem(bench.__globals__, "RECIPE_SECONDS", 0.0)
+  recipe = BENCH["Recipe"](f"{experiment}:2 --config.compute.remat=block")
+  result = bench(recipe)
+  assert (result["rows"], result["parts"], result["remat"]) == (16, 2, "block")
+  assert result["tokens_per_second"] == pytest.approx(
+    16 * 32 / result["ms"] * 1e3
+  )
+  # One round after the warm-up is enough of no time.
+  assert result["spread"] == 0
+  assert result["planned_gib"] > 0
+  text = BENCH["recipe_line"](recipe, result)
+  assert text.split()[:4] == ["small.py:2", "16", "2", "block"]
+
+
+def test_experiments_are_timed_as_they_are(experiment, monkeypatch, capsys):
+  """And in the memory that training has, not in nearly all."""
+  main, seen = BENCH["main"], []
+
+  def run(command, *, env, **_):
+    seen.append((command, env.get("XLA_PYTHON_CLIENT_MEM_FRACTION")))
+    return types.SimpleNamespace(returncode=1, stderr="no GPU", stdout="")
+
+  monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+  monkeypatch.setattr(main.__globals__["subprocess"], "run", run)
+  more = f"{experiment} --config.accumulation=4"
+  main([f"--config={experiment}:3", f"--config={more}"])
+  assert [command[2:] for command, _ in seen] == [
+    [f"--config={experiment}:3", "--here"],
+    [f"--config={more}", "--here"],
+  ]
+  assert [fraction for _, fraction in seen] == [None, None]
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].split()[0] == "experiment"
+  assert [line.split() for line in lines[1:]] == [
+    ["small.py:3", "no", "GPU"],
+    ["small.py", "no", "GPU"],
+  ]
+
+
+def test_a_mistake_in_an_experiment_is_told_before_any_is_timed(
+  experiment, monkeypatch
+):
+  main = BENCH["main"]
+  monkeypatch.setitem(main.__globals__, "in_process", None)
+  with pytest.raises(UserError, match=r"nearest key is config\.accumulation"):
+    main([f"--config={experiment}", f"--config={experiment} --config.acc=4"])

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from xlstm_jax import metrics, prepare
+from xlstm_jax import config, metrics, prepare
 from xlstm_jax.errors import UserError
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "launch.py"
@@ -54,6 +54,19 @@ def render(launch, capsys):
     return capsys.readouterr().out
 
   return rendered
+
+
+def test_the_examples_train_on_as_many_devices_as_they_ask_for(launch):
+  examples = re.findall(
+    r"--nodes=(\d+) --devices=(\d+).*?-- (.*?)[>|]", launch["EPILOG"], re.DOTALL
+  )
+  assert len(examples) == len(ENGINE)
+  for nodes, devices, train in examples:
+    words = shlex.split(train)
+    (path,) = (w.split("=")[1] for w in words if w.startswith("--config="))
+    overrides = [w for w in words if w.startswith("--config.")]
+    cfg = config.from_experiment(str(SCRIPT.parents[1] / path), overrides)
+    config.validate(cfg, None, int(nodes) * int(devices))
 
 
 def checked_by_bash(text):
@@ -405,6 +418,18 @@ def test_hostile_arguments_arrive_as_they_are(render, tmp_path):
   command = [expanded(word) for word in pod["containers"][0]["command"]]
   assert command[: 1 + len(expected)] == ["python", *expected]
   assert command[-1] == "--process=7"
+
+
+def test_the_file_is_the_same_wherever_stdout_goes(render):
+  words = ["slurm", "--name=first-run", "--nodes=2", "--devices=8"]
+  done = subprocess.run(
+    [sys.executable, SCRIPT, *words, *ENGINE["slurm"], "--", *TRAIN, *HOSTILE],
+    env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    capture_output=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.decode() == render("slurm", train=[*TRAIN, *HOSTILE])
 
 
 def expanded(word):

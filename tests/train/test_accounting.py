@@ -72,6 +72,23 @@ def test_work_after_the_checkpoint_and_the_time_away_are_lost(tmp_path, now):
   assert goodput.spent() == {"start": 15, "step": 31, "lost": lost + 3}
 
 
+def test_a_run_that_is_extended_has_not_lost_the_time_since_it_was_finished(
+  tmp_path, now
+):
+  _, goodput = begin(tmp_path, now, step=0)
+  now[0] += 20
+  goodput.write(8, finished=True)
+  now[0] += 1000
+  _, goodput = begin(tmp_path, now, step=8)
+  now[0] += 7
+  assert goodput.spent() == {"start": 5 + 5, "step": 20 + 7, "lost": 0}
+  # From here on it is not finished.
+  goodput.write(8)
+  now[0] += 100
+  _, goodput = begin(tmp_path, now, step=8)
+  assert goodput.spent() == {"start": 15, "step": 27, "lost": 100}
+
+
 def test_what_is_rolled_back_is_lost(tmp_path, now):
   clock, goodput = begin(tmp_path, now, step=0)
   now[0] += 20
@@ -103,9 +120,10 @@ WRITTEN = (
     *("", "{", "3", "[]", '{"spent": 3}', '{"written": "now"}', "[" * 10**5),
     *(WRITTEN.replace("20.0", n) for n in ("NaN", "1e999", "9" * 999, "-1")),
     WRITTEN.replace("900.0", "Infinity"),
+    WRITTEN.replace("900.0", "false").replace("20.0", "NaN"),
     WRITTEN.replace("start", "\\ud800"),
   ],
-  ids=range(13),
+  ids=range(14),
 )
 def test_a_damaged_file_costs_the_figures_alone(tmp_path, now, text):
   (tmp_path / accounting.FILE).write_text(text)

@@ -24,7 +24,7 @@ from xlstm_jax.models import presets
 from xlstm_jax.models.config import ModelConfig
 from xlstm_jax.models.language_model import Definition
 from xlstm_jax.sharding import MeshConfig
-from xlstm_jax.train import kernels, loop
+from xlstm_jax.train import kernels, loop, memory
 from xlstm_jax.train import step as steps
 from xlstm_jax.train.run import Run
 from xlstm_jax.train.status import Status
@@ -120,7 +120,7 @@ def test_the_kernel_is_tested_as_it_will_run(tested, monkeypatch, capsys):
 
 def test_what_auto_chooses_is_tested(tested, monkeypatch):
   chosen = dataclasses.replace(CFG, compute=Compute())
-  assert isinstance(checked_step(chosen), Step)
+  assert checked_step(chosen) == "compiled"
   assert not tested
   install(monkeypatch, mlstm.BACKENDS, "pallas_gpu", why_not=can)
   checked_step(chosen)
@@ -209,6 +209,22 @@ def test_a_run_with_a_sound_kernel_trains_and_continues(
     losses.append([record.get("loss") for record in map(json.loads, lines)])
   assert losses[0] == losses[1]
   assert len(losses[0]) >= 4
+
+
+@pytest.mark.parametrize("backend", ["pallas_gpu", "chunkwise"])
+def test_the_memory_of_the_step_is_checked(tested, monkeypatch, backend):
+  def check(compiled):
+    tested.append(compiled)
+    raise UserError("The step does not fit.")
+
+  monkeypatch.setattr(memory, "check", check)
+  install(monkeypatch, mlstm.BACKENDS, "pallas_gpu", why_not=can)
+  named = Compute(mlstm_backend=backend, mlstm_chunk=128)
+  with pytest.raises(UserError, match="does not fit"):
+    checked_step(dataclasses.replace(CFG, compute=named))
+  # Before anything is computed.
+  assert tested[-1] == "compiled"
+  assert "compared" not in tested
 
 
 def test_a_run_with_a_wrong_kernel_stops_before_the_first_step(

@@ -8,10 +8,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from xlstm_jax import checksums, config, prepare, sharding
 from xlstm_jax.checkpoints import CheckpointConfig, Checkpoints
 from xlstm_jax.config import RunConfig
+from xlstm_jax.data import format
 from xlstm_jax.data.pipeline import DataConfig
 from xlstm_jax.errors import UserError
 from xlstm_jax.layers.compute import Compute
@@ -155,16 +157,21 @@ def test_other_data_under_the_same_name_are_refused(
   ):
     loop.train(moved, workdir)
   capsys.readouterr()
-  accepting = dataclasses.replace(
-    moved, data=dataclasses.replace(moved.data, accept_changes=True)
-  )
+  accepting = with_data(moved, accept_changes=True, context=64)
   assert loop.train(accepting, workdir) == 0
-  assert f"changed   {data}: other data than" in capsys.readouterr().out
+  told = capsys.readouterr().out
+  assert f"accepted  {data} was prepared anew since" in told
+  assert (
+    "; data.context: 32 -> 64: some tokens are read twice in this epoch, and "
+    "others never.\n"
+  ) in told
+  # These are the data that come next from then on.
+  again = with_data(accepting, accept_changes=False)
+  assert loop.train(again, workdir) == 0
+  assert "accepted  " not in capsys.readouterr().out
 
 
-def test_other_data_under_another_name_are_refused_too(
-  workdir, cfg, tmp_path, capsys
-):
+def test_other_data_under_another_name_are_refused_too(workdir, cfg, tmp_path):
   (tmp_path / "text").mkdir()
   (tmp_path / "text" / "a.txt").write_text("another text " * 400)
   data = prepared(tmp_path / "text", tmp_path / "d", "--heldout-fraction=0")
@@ -175,10 +182,135 @@ def test_other_data_under_another_name_are_refused_too(
     UserError, match=rf"{data} was .* is another dataset.*accept_changes=true"
   ):
     loop.train(other, workdir)
-  # One more is another mixture, which is listed and applied.
-  mixed = dataclasses.replace(
-    cfg, data=dataclasses.replace(cfg.data, paths=(*cfg.data.paths, data))
+
+
+def with_data(cfg, **changes):
+  changes = {
+    name: value(cfg) if callable(value) else value
+    for name, value in changes.items()
+  }
+  return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **changes))
+
+
+@pytest.fixture(scope="module")
+def mixed(cfg, tmp_path_factory):
+  """Of two datasets, after 4 steps of 8 windows."""
+  folder = tmp_path_factory.mktemp("mixed")
+  (folder / "text").mkdir()
+  (folder / "text" / "a.txt").write_text("another text " * 400)
+  other = prepared(folder / "text", folder / "d", "--heldout-fraction=0")
+  paths = (*cfg.data.paths, other)
+  cfg = dataclasses.replace(with_data(cfg, paths=paths), steps=4)
+  assert loop.train(cfg, folder / "run") == 0
+  return cfg, folder / "run"
+
+
+@pytest.mark.parametrize(
+  ("changes", "told"),
+  [
+    ({"context": 16}, "data.context: 32 -> 16: some tokens are read twice in"),
+    ({"context": 64}, "data.context: 32 -> 64"),
+    ({"seed": 5}, "data.seed: 0 -> 5"),
+    ({"shuffle": False}, "data.shuffle: True -> False"),
+    ({"weights": (1.0, 3.0)}, r"data.weights: None -> \[1.0, 3.0\]"),
+    (
+      {"paths": lambda cfg: cfg.data.paths[::-1]},
+      "data.paths has the same datasets in another order: some tokens are",
+    ),
+    ({"paths": lambda cfg: cfg.data.paths[:1]}, "has 1 datasets, not 2: some"),
+    ({"paths": lambda cfg: cfg.data.paths * 2}, "has 4 datasets, not 2: some"),
+    (
+      {"paths": lambda cfg: cfg.data.paths[:1] * 2},
+      "data was prepared anew since the checkpoint, or is another dataset: ",
+    ),
+    (
+      {"seed": 5, "context": 16},
+      "data.context: 32 -> 16; data.seed: 0 -> 5: some tokens are",
+    ),
+  ],
+)
+def test_whatever_changes_the_tokens_that_come_next_is_refused(
+  mixed, changes, told
+):
+  cfg, workdir = mixed
+  before = (workdir / "config.json").read_bytes()
+  other = with_data(dataclasses.replace(cfg, steps=6), **changes)
+  with pytest.raises(
+    UserError, match=rf"other tokens than .*{told}.*accept_changes=true\."
+  ):
+    loop.train(other, workdir)
+  assert (workdir / "config.json").read_bytes() == before
+
+
+def test_a_batch_size_that_leaves_tokens_out_is_refused(mixed):
+  cfg, workdir = mixed
+  other = dataclasses.replace(cfg, batch_size=24, steps=6)
+  with pytest.raises(
+    UserError,
+    match=r"batch_size=24 does not divide the 32 windows .* 16 more, of 32 tok",
+  ):
+    loop.train(other, workdir)
+
+
+@pytest.mark.parametrize(
+  ("changes", "batch_size"),
+  [
+    ({"threads": 0, "prefetch": 3, "verify": "never"}, 8),
+    # Shares are in any unit, and these are those of the tokens.
+    ({"weights": lambda cfg: tuple(2.0 * n for n in tokens(cfg))}, 8),
+    ({}, 16),
+    ({}, 32),
+  ],
+)
+def test_what_changes_no_tokens_needs_no_consent(
+  mixed, changes, batch_size, tmp_path, capsys
+):
+  cfg, workdir = mixed
+  shutil.copytree(workdir, tmp_path / "run")
+  other = dataclasses.replace(with_data(cfg, **changes), batch_size=batch_size)
+  # There is no step left to do.
+  assert loop.train(other, tmp_path / "run") == 0
+  assert "changed   " in capsys.readouterr().out
+
+
+def tokens(cfg):
+  manifests = map(format.read_manifest, cfg.data.paths)
+  return [manifest.splits["train"].total.tokens for manifest in manifests]
+
+
+def test_without_shuffling_the_seed_draws_nothing(mixed, tmp_path):
+  cfg, workdir = mixed
+  shutil.copytree(workdir, tmp_path / "run")
+  # As of a run that was begun so.
+  unshuffled = with_data(cfg, shuffle=False)
+  config.save(tmp_path / "run", unshuffled)
+  edit_progress(
+    tmp_path / "run", lambda saved: saved["order"].update(shuffle=False)
   )
-  capsys.readouterr()
-  assert loop.train(mixed, workdir) == 0
-  assert "changed   data.paths: " in capsys.readouterr().out
+  assert loop.train(with_data(unshuffled, seed=3), tmp_path / "run") == 0
+  with pytest.raises(UserError, match=r"data\.shuffle: False -> True"):
+    loop.train(cfg, tmp_path / "run")
+
+
+def test_checkpoints_of_older_versions_are_of_the_configuration(
+  mixed, tmp_path
+):
+  cfg, workdir = mixed
+  shutil.copytree(workdir, tmp_path / "run")
+  edit_progress(tmp_path / "run", lambda saved: saved.pop("order"))
+  with pytest.raises(UserError, match=r"data\.context: 32 -> 16"):
+    loop.train(with_data(cfg, context=16), tmp_path / "run")
+  assert (
+    loop.train(dataclasses.replace(cfg, log_every=3), tmp_path / "run") == 0
+  )
+
+
+def edit_progress(workdir, edit):
+  """Changes what the newest checkpoint says besides its arrays."""
+  step = workdir / "checkpoints" / "4"
+  path = step / "progress" / "metadata"
+  saved = json.loads(path.read_text())
+  edit(saved)
+  path.write_text(json.dumps(saved))
+  names = ["metrics", "optimizer", "params", "progress"]
+  checksums.write(epath.Path(step), names)

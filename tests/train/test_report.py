@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 
 import jax.numpy as jnp
 import pytest
@@ -84,6 +85,31 @@ def test_rates_leave_out_what_is_no_training(log):
   assert "mfu" not in record
 
 
+def test_the_first_step_of_a_process_is_no_part_of_its_rates(log):
+  reports = reports_of(CFG, log, step=2)
+  reports.later(3, 103, measured(2.0))
+  reports.first_took(90.0)
+  for step in (4, 5, 6, 7):
+    reports.later(step, step + 100, measured(2.0))
+  (_, record), (_, after) = log.records
+  # Of steps 3 and 4 the second alone took the four seconds of a lap.
+  assert record["seconds_per_step"] == pytest.approx(4)
+  assert record["tokens_per_second"] == pytest.approx(1 * 4 * 8 / 4)
+  assert record["data_wait"] == pytest.approx(0.1)
+  assert after["seconds_per_step"] == pytest.approx(2)
+
+
+def test_where_there_is_no_other_the_rates_are_of_the_first_step(log):
+  reports = reports_of(CFG, log, step=0)
+  reports.later(1, 101, measured(2.0))
+  reports.first_took(16.0)
+  reports.now()
+  ((_, record),) = log.records
+  assert record["seconds_per_step"] == pytest.approx(16 + 4)
+  assert record["tokens_per_second"] == pytest.approx(1 * 4 * 8 / 20)
+  assert record["data_wait"] == pytest.approx(0.4 / 20)
+
+
 def test_mfu_is_of_all_devices_and_of_bf16(log, monkeypatch):
   monkeypatch.setitem(metrics.PEAK_FLOPS, "cpu", 1e9)
   for dtype in ("bfloat16", "float32"):
@@ -127,3 +153,24 @@ def test_only_the_first_process_speaks(monkeypatch, capsys):
   monkeypatch.setattr("jax.process_index", lambda: 1)
   run.say("hello")
   assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("known", "told"),
+  [
+    (16, "vocabulary 16\n"),
+    (5, "vocabulary 16, of which the tokenizer has 5\n"),
+  ],
+)
+def test_ids_that_no_text_has_are_told(capsys, known, told):
+  """Their rows of the embedding take memory, and of the head time."""
+  total = types.SimpleNamespace(tokens=100)
+  manifest = types.SimpleNamespace(
+    splits={"train": types.SimpleNamespace(total=total)},
+    tokenizer=types.SimpleNamespace(vocab_size=known),
+  )
+  mesh = types.SimpleNamespace(shape={"data": 1})
+  report.describe(
+    types.SimpleNamespace(cfg=CFG, workdir="w", mesh=mesh, manifests=[manifest])
+  )
+  assert told in capsys.readouterr().out

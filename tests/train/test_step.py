@@ -218,3 +218,32 @@ def test_the_abstract_batch_is_what_the_step_takes():
     )
   shapes = {x.shape for x in jax.tree.leaves(lowered.in_avals[0][1])}
   assert shapes == {(B, T)}
+
+
+@pytest.mark.parametrize(
+  ("deterministic", "platform", "options"),
+  [
+    (False, "gpu", {}),
+    (True, "cpu", {}),
+    (True, "tpu", {}),
+    (
+      True,
+      "gpu",
+      {"xla_gpu_deterministic_ops": True, "xla_gpu_enable_triton_gemm": False},
+    ),
+  ],
+)
+def test_gpus_are_told_to_be_deterministic(
+  deterministic, platform, options, monkeypatch
+):
+  """That XLA obeys is tested where it compiles for GPUs."""
+  given = {}
+  monkeypatch.setattr(jax, "jit", lambda _, **how: given.update(how))
+  compute = dataclasses.replace(CFG.compute, deterministic=deterministic)
+  cfg = dataclasses.replace(CFG, compute=compute)
+  mesh = sharding.make_mesh(ONE, jax.devices()[:1])
+  monkeypatch.setattr(
+    steps, "_platform", lambda of: platform if of is mesh else None
+  )
+  steps.compiled(FakeDefinition(), cfg, mesh)
+  assert given["compiler_options"] == options

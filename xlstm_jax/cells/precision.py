@@ -38,20 +38,44 @@ def product(
   of an einsum would multiply the wide cotangent by the narrow operand, in the
   wide type; here the cotangent is an operand like any other.
   """
+  return multiplied(spec, x, y, dtype)
+
+
+def multiplied(
+  spec: str,
+  x: Float[Array, "..."],
+  y: Float[Array, "..."],
+  dtype: DTypeLike,
+  *,
+  parts: tuple[int, int] = (1, 1),
+) -> Float[Array, "..."]:
+  """`product` without a gradient of its own, its operands in 1 or 2 parts.
+
+  An operand in two parts is the sum of two numbers in `dtype`, the second of
+  which is what rounding took from the first: of 16 bits where bfloat16 has 8.
+  Each part takes a product.
+  """
   wide = accumulator(dtype)
 
   def narrow(x, y):
-    x, y = x.astype(dtype), y.astype(dtype)
-    return jnp.einsum(
-      spec,
-      x,
-      y,
-      preferred_element_type=wide,
-      precision=multiplication(dtype),
-    )
+    products = [
+      jnp.einsum(
+        spec,
+        x_part.astype(dtype),
+        y_part.astype(dtype),
+        preferred_element_type=wide,
+        precision=multiplication(dtype),
+      )
+      for x_part in _split(x, dtype, parts[0])
+      for y_part in _split(y, dtype, parts[1])
+    ]
+    return sum(products[1:], products[0])
 
   def wide_product(x, y):
-    x, y = rounded(x.astype(wide), dtype), rounded(y.astype(wide), dtype)
+    x, y = (
+      sum(_split(operand.astype(wide), dtype, count))
+      for operand, count in zip((x, y), parts, strict=True)
+    )
     return jnp.einsum(spec, x, y)
 
   if dtype == wide:
@@ -59,6 +83,17 @@ def product(
   # XLA's CPU backend lacks some products of bfloat16 operands with a float32
   # sum ("Unsupported element type for DotThunk::Execute").
   return jax.lax.platform_dependent(x, y, cpu=wide_product, default=narrow)
+
+
+def _split(x, dtype: DTypeLike, count: int):
+  """At most `count` numbers of the precision of `dtype` that add up to x."""
+  if x.dtype == dtype:
+    return [x]
+  parts = []
+  for _ in range(count):
+    parts.append(rounded(x, dtype))
+    x = x - parts[-1]
+  return parts
 
 
 def rounded(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
@@ -84,3 +119,33 @@ def _product_backward(spec, dtype, kept, dz):
 
 
 product.defvjp(_product_forward, _product_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def quotient(
+  numerator_V: Float[Array, "*rows V"],
+  denominator: Float[Array, "*rows"],
+  dtype: DTypeLike,
+) -> Float[Array, "*rows V"]:
+  """A row divided by a number.
+
+  The numerator's cotangent is rounded to `dtype`, as an operand of the products
+  that made it, and the denominator's is made of the rounded numbers: where all
+  values are alike the two cancel, and what rounding takes has to cancel too.
+  """
+  del dtype
+  return numerator_V / denominator[..., None]
+
+
+def _quotient_forward(numerator_V, denominator, dtype):
+  h_V = quotient(numerator_V, denominator, dtype)
+  return h_V, (h_V, denominator)
+
+
+def _quotient_backward(dtype, kept, dh_V):
+  h_V, denominator = kept
+  dnumerator_V = rounded(dh_V / denominator[..., None], dtype)
+  return dnumerator_V, -jnp.sum(dnumerator_V * h_V, axis=-1)
+
+
+quotient.defvjp(_quotient_forward, _quotient_backward)

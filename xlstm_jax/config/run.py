@@ -41,8 +41,8 @@ class LimitsConfig:
   Attributes:
     join_seconds: for the processes to find each other at the start.
     heartbeat_seconds: for which a process may be silent before all others end.
-    start_seconds: for restoring, and for compiling the first step.
-    step_seconds: for a step, and for the data of one.
+    start_seconds: for restoring, for compiling, and for the first batch.
+    step_seconds: for any other step, and for the data of one.
     eval_seconds: for an evaluation.
     save_seconds: for a checkpoint, as far as the run waits for it.
     meet_seconds: for the processes to agree before they go back.

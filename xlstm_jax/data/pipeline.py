@@ -45,8 +45,9 @@ class DataConfig:
     prefetch: batches kept ready.
     verify: when the checksums of the token blocks are checked, see
       `shards.open_split`.
-    accept_changes: resumes a run although a dataset was prepared anew since its
-      checkpoint, which is an error otherwise.
+    accept_changes: resumes a run although its datasets, their weights, the
+      context, the seed or the shuffling changed since its checkpoint, so that
+      tokens are read twice and others never; an error otherwise.
   """
 
   paths: tuple[str, ...] = ()

@@ -237,9 +237,16 @@ class Split:
 
   def document_lengths(self) -> np.ndarray:
     """Tokens of every document without its end, uint32 in stream order."""
+    return self._of_documents("length")
+
+  def document_sources(self) -> np.ndarray:
+    """The source of every document, an index of `sources`, in stream order."""
+    return self._of_documents("source")
+
+  def _of_documents(self, field: str) -> np.ndarray:
     tables = map(self._documents_of, range(len(self._shards)))
-    lengths = [table[:]["length"] for table in tables]
-    return np.concatenate([np.empty(0, np.uint32), *lengths])
+    values = [table[:][field] for table in tables]
+    return np.concatenate([np.empty(0, files.DOCUMENT[field]), *values])
 
   def chunks(self, positions: int = 2**20) -> Iterator[tuple[int, np.ndarray]]:
     """The stream in pieces of at most `positions` inputs, for counting n-grams.

@@ -36,12 +36,22 @@ _MAX_FILE_BYTES = 512 * 2**20
 class StreamDecoder:
   """Turns ids that arrive one by one into text, never half a character.
 
-  What `feed` and the final `flush` return adds up to `decode` of all ids.
+  The text of `prompt`, what `feed` returns and the final `flush` add up to
+  `decode` of all ids, wherever the text of the first ids begins that of more.
+  It does not where a decoder spells bytes that are no character: then the ids
+  that arrived since the last text are shown as they are spelled alone.
+
+  Args:
+    tokenizer: of the ids.
+    prompt: the ids before the first one that arrives.
   """
 
-  def __init__(self, tokenizer: "Tokenizer"):
+  def __init__(self, tokenizer: "Tokenizer", prompt: Iterable[int]):
     self._tokenizer = tokenizer
-    self._shown: list[int] = []
+    # The last ids that have a text alone, and the ids that are decoded along.
+    self._anchor: list[int] = list(prompt)
+    self._before = self._anchor
+    self._text_before = tokenizer.decode(self._before)
     self._pending: list[int] = []
 
   def feed(self, token: int) -> str:
@@ -55,14 +65,25 @@ class StreamDecoder:
     return self._show(self._new_text())
 
   def _new_text(self) -> str:
-    # Some decoders treat the first token differently (a leading space), so
-    # the tokens shown last are decoded along.
-    before = self._tokenizer.decode(self._shown)
-    return self._tokenizer.decode(self._shown + self._pending)[len(before) :]
+    # What a token adds depends on where it stands: decoders strip spaces at the
+    # beginning, join pieces of words and drop repetitions. So it is decoded
+    # after the ids before it.
+    whole = self._tokenizer.decode(self._before + self._pending)
+    if whole.startswith(self._text_before):
+      return whole[len(self._text_before) :]
+    return self._tokenizer.decode(self._pending)
 
   def _show(self, text: str) -> str:
     if text:
-      self._shown, self._pending = self._pending, []
+      alone = self._tokenizer.decode(self._pending)
+      # What a decoder strips at the beginning of a text may be all that these
+      # ids have: alone they would leave more for it to strip.
+      if alone:
+        self._anchor = self._before = self._pending
+      else:
+        self._before = self._anchor + self._pending
+      self._text_before = alone or self._tokenizer.decode(self._before)
+      self._pending = []
     return text
 
 
@@ -115,9 +136,21 @@ class Tokenizer(abc.ABC):
   def decode(self, tokens: Iterable[int]) -> str:
     """The text of these ids; end-of-text has none, broken UTF-8 is U+FFFD."""
 
-  def stream(self) -> StreamDecoder:
-    """A decoder for ids that arrive one by one."""
-    return StreamDecoder(self)
+  @abc.abstractmethod
+  def plain_file(self) -> bytes:
+    """A `tokenizer.json` that gives the ids of `encode` wherever it is read."""
+
+  def stream(self, prompt: Iterable[int] | None = None) -> StreamDecoder:
+    """A decoder for ids that arrive one by one.
+
+    Args:
+      prompt: the ids before them, empty at the beginning of a text; None where
+        they are some text's, which ended with a word.
+    """
+    if prompt is None:
+      tokens, lengths = self.encode_documents([b"a"])
+      prompt = tokens[: max(lengths[0], 0)]
+    return StreamDecoder(self, prompt)
 
   def save(self, directory: str | os.PathLike[str]) -> None:
     """Writes what `load(directory)` needs."""
@@ -146,6 +179,18 @@ class ByteTokenizer(Tokenizer):
     data = bytes(int(t) for t in tokens if t != self.end_of_text)
     return data.decode("utf-8", errors="replace")
 
+  def plain_file(self) -> bytes:
+    vocab = {char: byte for byte, char in enumerate(_byte_chars())}
+    tokenizer = tokenizers.Tokenizer(
+      models.BPE({**vocab, TRAINED_END_OF_TEXT: self.end_of_text}, [])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+      add_prefix_space=False, use_regex=False
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([TRAINED_END_OF_TEXT])
+    return tokenizer.to_str(pretty=True).encode()
+
 
 class HuggingFaceTokenizer(Tokenizer):
   """A `tokenizer.json`, used for text only.
@@ -167,10 +212,10 @@ class HuggingFaceTokenizer(Tokenizer):
     self._data = data
     content = files.parse_json(data, path)
     name, self.end_of_text = _find_end_of_text(
-      _build(content, path), path, end_of_text
+      build(content, path), path, end_of_text
     )
     self._end_of_text_name = name
-    self._tokenizer = _build(_as_special(content, name), path)
+    self._tokenizer = build(_as_special(content, name), path)
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     self._tokenizer.encode_special_tokens = True
@@ -199,8 +244,23 @@ class HuggingFaceTokenizer(Tokenizer):
 
   def decode(self, tokens: Iterable[int]) -> str:
     kept = [int(t) for t in tokens if t != self.end_of_text]
+    if not kept:
+      # Of no tokens at all, a decoder that strips at the end panics.
+      return ""
     with _explained("the tokenizer failed on ids"):
       return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+  def plain_file(self) -> bytes:
+    """The file itself, where nothing in it is ignored here."""
+    content = json.loads(self._data)
+    plain = _as_special(content, self._end_of_text_name)
+    plain |= {"truncation": None, "padding": None}
+    if self._tokenizer.num_special_tokens_to_add(is_pair=False):
+      plain["post_processor"] = None
+    # What is null, empty or missing is the same.
+    if _filled(plain) == _filled(content):
+      return self._data
+    return json.dumps(plain).encode()
 
   def save(self, directory: str | os.PathLike[str]) -> None:
     files.write_atomically(Path(directory) / HUGGING_FACE_FILE, self._data)
@@ -298,9 +358,15 @@ def _load_saved(directory: Path) -> Tokenizer:
   return tokenizer
 
 
-def _build(content: Any, path: Path) -> tokenizers.Tokenizer:
+def build(content: Any, path: Path) -> tokenizers.Tokenizer:
+  """What `tokenizers` makes of a `tokenizer.json`; a UserError if nothing."""
   with _explained(f"{path} is not a usable tokenizer.json"):
     return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
+def name_of(tokenizer: tokenizers.Tokenizer, token: int) -> str | None:
+  """The name of an id, which may be any number; None where it has none."""
+  return tokenizer.id_to_token(token) if 0 <= token < 2**32 else None
 
 
 @contextlib.contextmanager
@@ -323,7 +389,7 @@ def _find_end_of_text(
   tokenizer: tokenizers.Tokenizer, path: Path, wanted: str | int | None
 ) -> tuple[str, int]:
   if isinstance(wanted, int):
-    wanted = tokenizer.id_to_token(wanted) or f"of id {wanted}"
+    wanted = name_of(tokenizer, wanted) or f"of id {wanted}"
   for name in END_OF_TEXT_NAMES if wanted is None else (wanted,):
     token = tokenizer.token_to_id(name)
     if token is not None:
@@ -343,3 +409,14 @@ def _as_special(content: Any, name: str) -> Any:
     for token in content.get("added_tokens") or []
   ]
   return {**content, "added_tokens": added}
+
+
+def _filled(content: dict[str, Any]) -> dict[str, Any]:
+  return {name: value for name, value in content.items() if value}
+
+
+def _byte_chars() -> list[str]:
+  """The character that byte-level tokenizers write for each byte (GPT-2)."""
+  shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = iter(range(256, 512))
+  return [chr(b if b in shown else next(others)) for b in range(256)]

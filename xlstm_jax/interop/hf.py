@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from xlstm_jax import config
+from xlstm_jax.data import tokenizer as tokenizers
 from xlstm_jax.errors import UserError, exit_code
-from xlstm_jax.interop import large, tensor_files, workdir
+from xlstm_jax.interop import large, tensor_files, tokenizer_files, workdir
 from xlstm_jax.interop.names import Format, NameMap
 from xlstm_jax.interop.options import Options
 from xlstm_jax.interop.tensor_files import StoredTensor
@@ -28,6 +29,11 @@ _DTYPES = {
   "float32": tensor_files.DTYPES["F32"],
   "bfloat16": tensor_files.DTYPES["BF16"],
 }
+_PADDING = (
+  "The xLSTM of transformers ignores attention_mask. Pad on the right, which "
+  "leaves the logits of a text as they are; on the left it is read as text. "
+  "Generate from prompts of one length at a time."
+)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -65,6 +71,7 @@ def import_folder(source: pathlib.Path, target: pathlib.Path) -> ModelConfig:
     stored,
     end_of_text=large.end_of_text(content),
     kept=_kept(source, content, stored),
+    kept_files=tokenizer_files.read(source),
   )
   return cfg
 
@@ -77,7 +84,7 @@ def export_folder(
   dtype: str | None = None,
   weight_mode: large.WeightMode = "single",
   max_shard_bytes: int = 5 * 10**9,
-) -> None:
+) -> list[str]:
   """Writes the model of the workdir `source` as the checkpoint `target`.
 
   Args:
@@ -88,6 +95,9 @@ def export_folder(
       float32 where nothing was imported.
     weight_mode: whether joint projections are one tensor.
     max_shard_bytes: see `tensor_files.write_folder`.
+
+  Returns:
+    What goes wrong in transformers with this model, a sentence each.
 
   Raises:
     UserError: the format cannot express the model, or `target` is in use.
@@ -107,11 +117,20 @@ def export_folder(
   generation = kept.sub("generation").values
   if stored_as != kept.values.get("dtype"):
     content[large.KERNEL_DTYPE] = stored_as
-  end_of_text = None if tokenizer is None else tokenizer.end_of_text
-  # What was kept may be of another tokenizer than the workdir has by now.
-  if end_of_text not in (None, large.end_of_text(content)):
-    content |= dict.fromkeys(large.TOKEN_IDS, end_of_text)
-    generation = {}
+  as_imported = _has_imported_tokenizer(kept, tokenizer, content)
+  cache = large.cache_fault(run.model)
+  if not kept.has("options") and cache is not None:
+    content["use_cache"] = False
+  if tokenizer is not None and not (as_imported and kept.has("options")):
+    content |= dict.fromkeys(large.TOKEN_IDS, tokenizer.end_of_text)
+    names = (*large.TOKEN_IDS, "use_cache")
+    generation = {name: content[name] for name in names}
+  found = tokenizer_files.exported(
+    tokenizer,
+    tokenizer_files.read(source / tokenizer_files.KEPT) if as_imported else {},
+    content,
+  )
+  told = tokenizer_files.outside(found, content, run.model.vocab_size)
   params = workdir.restore(source, run, step)
   target.mkdir(parents=True, exist_ok=True)
   write_tensors(
@@ -122,11 +141,35 @@ def export_folder(
     weight_mode=weight_mode,
     max_shard_bytes=max_shard_bytes,
   )
-  if tokenizer is not None:
-    tokenizer.save(target)
+  tokenizer_files.save(target, tokenizer, found)
   if generation:
     tensor_files.write_json(target / GENERATION, generation)
   tensor_files.write_json(target / CONFIG, content)
+  if tokenizer is None:
+    told.append(f"{source} has no tokenizer to export.")
+  if cache is not None:
+    told.append(
+      f"In transformers {cache}. Its forward pass and generate() need "
+      "use_cache=False, with which every new token reads the whole text again, "
+      "and texts of no more than max_inference_chunksize "
+      f"({content['max_inference_chunksize']}) tokens."
+    )
+  return [*told, _PADDING]
+
+
+def _has_imported_tokenizer(
+  kept: Options,
+  tokenizer: tokenizers.Tokenizer | None,
+  content: Mapping[str, Any],
+) -> bool:
+  """Whether a workdir has the tokenizer, or lack of one, of its import."""
+  if "tokenizer" in kept.values:
+    hash = None if tokenizer is None else tokenizer.hash
+    return kept.values["tokenizer"] == hash
+  # Imports did not always say.
+  return tokenizer is None or (
+    tokenizer.end_of_text == large.end_of_text(content)
+  )
 
 
 def _kept(
@@ -208,7 +251,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     "export",
     help="make a checkpoint folder of a workdir",
     description="Writes config.json, the parameters as safetensors, and the "
-    "workdir's tokenizer.",
+    "workdir's tokenizer; says on stderr what transformers does wrong.",
   )
   add.add_argument(
     "--workdir", type=pathlib.Path, required=True, help="of a run"
@@ -266,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       f"{args.workdir}."
     )
     return
-  export_folder(
+  told = export_folder(
     args.workdir,
     args.output,
     step=args.step,
@@ -274,6 +317,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     weight_mode=args.weight_mode,
     max_shard_bytes=parse_size(args.max_shard_size),
   )
+  for sentence in told:
+    print(f"warning: {sentence}", file=sys.stderr)
   print(f"Exported {args.workdir} to {args.output}.")
 
 

@@ -184,11 +184,37 @@ def weight_mode(content: Mapping[str, Any]) -> WeightMode:
   return Options(content).choice("weight_mode", modes, "single")
 
 
+def token_ids(content: Mapping[str, Any], name: str) -> list[int]:
+  """The ids that a `config.json` gives for a special token, if any."""
+  value = content.get(name)
+  ids = value if isinstance(value, list) else [value]
+  return [id for id in ids if type(id) is int]
+
+
 def end_of_text(content: Mapping[str, Any]) -> int | None:
   """The id that a `config.json` says ends a text; of several, the first."""
-  ids = content.get("eos_token_id")
-  first = ids[0] if isinstance(ids, list) and ids else ids
-  return first if type(first) is int else None
+  return next(iter(token_ids(content, "eos_token_id")), None)
+
+
+def cache_fault(cfg: ModelConfig) -> str | None:
+  """What is wrong with the cache of transformers for a model; None for nothing.
+
+  It is sized with the channels of q and k, and of v, rounded up to multiples of
+  64; the layers are not.
+  """
+  mixer, width = cfg.mlstm_large, cfg.width
+  theirs = tuple(
+    -(-int(width * factor) // 64) * 64 // mixer.num_heads
+    for factor in (mixer.qk_factor, mixer.v_factor)
+  )
+  ours = mixer.head_channels(width)
+  if theirs == ours:
+    return None
+  return (
+    f"the cache does not fit this model: a head has {ours[0]} channels of q "
+    f"and k and {ours[1]} of v, the cache {theirs[0]} and {theirs[1]} (of all "
+    "heads together a multiple of 64)"
+  )
 
 
 def kept_options(content: Mapping[str, Any]) -> dict[str, Any] | None:

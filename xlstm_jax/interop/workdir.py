@@ -11,6 +11,7 @@ from xlstm_jax.checkpoints import CheckpointConfig, Checkpoints
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data import tokenizer as tokenizers
 from xlstm_jax.errors import UserError
+from xlstm_jax.interop import tokenizer_files
 from xlstm_jax.interop.names import Format, NameMap
 from xlstm_jax.interop.tensor_files import StoredTensor, read_json, write_json
 from xlstm_jax.models.config import ModelConfig
@@ -32,6 +33,7 @@ def create(
   *,
   end_of_text: int | None = None,
   kept: Mapping[str, Any] | None = None,
+  kept_files: Mapping[str, bytes] | None = None,
 ) -> None:
   """Writes a workdir with the parameters of a checkpoint as step 0.
 
@@ -45,7 +47,8 @@ def create(
     stored: its tensors.
     end_of_text: id of the token that ends a text; None for the tokenizer's
       usual one.
-    kept: JSON that `read_kept` gives back.
+    kept: JSON that `read_kept` gives back, with the hash of the tokenizer.
+    kept_files: the tokenizer's files of `source`.
 
   Raises:
     UserError: the checkpoint is not of this model, its tokenizer is unusable,
@@ -67,7 +70,9 @@ def create(
   if tokenizer is not None:
     tokenizer.save(workdir)
   if kept is not None:
-    write_json(workdir / _KEPT, kept)
+    hash = None if tokenizer is None else tokenizer.hash
+    write_json(workdir / _KEPT, {**kept, "tokenizer": hash})
+  tokenizer_files.write(workdir / tokenizer_files.KEPT, kept_files or {})
   # Last: with it, the folder is a workdir.
   config.save(workdir, run)
 
@@ -123,8 +128,9 @@ def read_tokenizer(
   Raises:
     UserError: it is damaged, or does not know how a text ends.
   """
-  if (folder / tokenizers.SPEC_FILE).exists():
-    return tokenizers.load(folder)
+  for place in (folder / tokenizer_files.TRAINING, folder):
+    if (place / tokenizers.SPEC_FILE).exists():
+      return tokenizers.load(place)
   path = folder / tokenizers.HUGGING_FACE_FILE
   if not path.exists():
     return None

@@ -42,6 +42,9 @@ class Compute:
     scan: compile one block per run of equal blocks instead of every block.
     remat: what the backward pass recomputes: nothing, all but the outputs of
       weight matmuls ("matmuls" are kept), or everything inside a block.
+    deterministic: on GPUs, sums of the training step in a fixed order and no
+      timing of kernels against each other, so that it gives the same bits in
+      every process; CPUs and TPUs always do. It costs speed.
   """
 
   dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
@@ -52,6 +55,7 @@ class Compute:
   mlstm_chunk: int | None = None
   scan: bool = True
   remat: Literal["none", "matmuls", "block"] = "none"
+  deterministic: bool = False
 
   def on_any_device(self) -> "Compute":
     """The same, with the forms of the cells that suit the device it is on."""

@@ -44,8 +44,10 @@ if __name__ == "__main__":
   with interrupt.noted() as stopped:
     # These take seconds, in which a signal is noted too.
     from xlstm_jax.errors import exit_code
-    from xlstm_jax.train import command
+    from xlstm_jax.train import command, memory
 
     sys.excepthook = end_with_traceback
-    status = exit_code(lambda: command.main(sys.argv[1:], stopped))
+    status = exit_code(
+      lambda: command.main(sys.argv[1:], stopped), less_memory=memory.ADVICE
+    )
   end(status)

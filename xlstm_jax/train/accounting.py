@@ -26,8 +26,8 @@ class Goodput:
   """Adds up what the run has spent, in a file beside its checkpoints.
 
   What was spent after the checkpoint that a run continues from is lost, and so
-  is the time until it was started again: nothing has to be written between
-  checkpoints. Only process 0 writes.
+  is the time until it was started again, unless it was finished: nothing has to
+  be written between checkpoints. Only process 0 writes.
 
   Args:
     workdir: of the run.
@@ -69,8 +69,13 @@ class Goodput:
         total[name] = total.get(name, 0.0) + new
     return total
 
-  def write(self, step: int) -> None:
+  def write(self, step: int, *, finished: bool = False) -> None:
     """Keeps what was spent until the checkpoint of a step.
+
+    Args:
+      step: of the checkpoint.
+      finished: whether it is the last one: the run waits for nothing, though it
+        may be extended one day.
 
     Raises:
       UserError: it cannot be written.
@@ -79,7 +84,7 @@ class Goodput:
     if jax.process_index() != 0:
       return
     file = {
-      "written": time.time(),
+      "written": None if finished else time.time(),
       "spent": self.spent(),
       "checkpoints": self._checkpoints,
     }
@@ -122,7 +127,7 @@ _WORDS = {
 
 
 def _read(path: epath.Path) -> tuple[float | None, Spent, dict[str, Spent]]:
-  """When the file was written, and what it says."""
+  """When the file of an unfinished run was written, and what it says."""
   if path.exists():
     # Damaged, it costs the figures and not the run.
     with contextlib.suppress(
@@ -131,7 +136,10 @@ def _read(path: epath.Path) -> tuple[float | None, Spent, dict[str, Spent]]:
     ):
       file = json.loads(path.read_bytes())
       at = {str(int(n)): _spent(s) for n, s in file["checkpoints"].items()}
-      return _seconds(file["written"]), _spent(file["spent"]), at
+      written = file["written"]
+      if written is not None:
+        written = _seconds(written)
+      return written, _spent(file["spent"]), at
   return None, {}, {}
 
 

@@ -32,7 +32,8 @@ in the workdir:
 
 exit status:
   0   all steps are done
-  2   something in the configuration, the data or the workdir is wrong
+  2   something in the configuration, the data, the workdir or the machine is
+      wrong, or its memory too small
   3   the run diverged and went back too often
   4   the run hung, or one of its processes was missing: run again
   75  SIGTERM or SIGINT: run again to continue

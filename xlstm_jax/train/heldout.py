@@ -43,6 +43,7 @@ def scores(
       batch_size=cfg.batch_size // cfg.accumulation,
       mesh=run.mesh,
       max_tokens=limit,
+      piece=cfg.data.context,
       loss_chunk=cfg.loss_chunk,
       before_batch=before_batch,
     )

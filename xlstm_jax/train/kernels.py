@@ -1,4 +1,4 @@
-"""The kernels of a run, and a look at them before it trains."""
+"""The compiled step of a run, and a look at its kernels before it trains."""
 
 import concurrent.futures
 from typing import Any
@@ -8,13 +8,14 @@ from jax.sharding import Mesh
 from xlstm_jax.cells.backends import AUTO, Backend, Cell, Share
 from xlstm_jax.config import RunConfig
 from xlstm_jax.sharding import batch_shards
+from xlstm_jax.train import memory
 from xlstm_jax.train import state as states
 from xlstm_jax.train import step as steps
 from xlstm_jax.train.run import Run, say
 
 
 def checked_step(run: Run) -> Any:
-  """The jitted training step, on the current mesh, once its kernels are right.
+  """The compiled training step, on the current mesh, if it fits and is right.
 
   Each kernel, whether it was named or "auto" chose it, is compared with the
   native form at the run's shapes on a device. That takes an instant, but the
@@ -22,13 +23,11 @@ def checked_step(run: Run) -> Any:
   this platform that "auto" passes over it says why.
 
   Raises:
-    UserError: they disagree, or a kernel refuses the device or the shapes.
+    UserError: they disagree, a kernel refuses the device or the shapes, or the
+      step takes more memory than a device has.
   """
-  step = steps.compiled(run.definition, run.cfg, run.mesh)
   kernels = _kernels(run)
-  if not kernels:
-    return step
-  lowered = step.lower(
+  lowered = steps.compiled(run.definition, run.cfg, run.mesh).lower(
     states.abstract(run.definition, run.mesh),
     steps.abstract_batch(run.cfg, run.mesh),
   )
@@ -37,6 +36,7 @@ def checked_step(run: Run) -> Any:
       thread.submit(cell.prepare, backend.name) for cell, backend in kernels
     ]
     compiled = lowered.compile()
+    memory.check(compiled)
     for (cell, backend), comparison in zip(kernels, comparisons, strict=True):
       comparison.result()()
       name = f"{cell.registry.cell} backend {backend.name}"

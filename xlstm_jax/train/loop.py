@@ -1,6 +1,7 @@
 """The training loop, from the command to the last checkpoint."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,6 +34,8 @@ from xlstm_jax.train.rollbacks import Rollback
 from xlstm_jax.train.run import Run, say
 from xlstm_jax.train.status import Status
 from xlstm_jax.train.watchdog import Watchdog
+
+_NOT_BEGUN = "stopped   before the first step; run again to continue"
 
 
 def train(
@@ -96,6 +99,10 @@ def train(
     stack.callback(lambda: say(f"goodput   {goodput.line()}"))
     decided = list(rollbacks.read(workdir))
     stack.enter_context(jax.set_mesh(run.mesh))
+    # Several processes stop together, at the first border.
+    if jax.process_count() == 1 and stopped.is_ahead():
+      say(_NOT_BEGUN)
+      return Status.PREEMPTED
     with clock.spent_on(accounting.COMPILE):
       train_step = kernels.checked_step(run)
     end = None
@@ -182,19 +189,23 @@ def _train(
         scores = _evaluate(run, at, stopped, clock, reports)
       while at.step < cfg.steps:
         profile.before(at.step + 1)
-        with clock.spent_on(accounting.DATA):
+        new = at.step == begun
+        # The first batch is there once the datasets are open.
+        with clock.spent_on(accounting.START if new else accounting.DATA):
           item = feed.next(unless=stopped.is_ahead)
         stopped.check()
         assert item is not None, "no batch, yet the next border can be passed"
         number, batch = item
         if number != at.position:
           at.state = states.at_position(at.state, number, mesh=run.mesh)
-        new = at.step == begun
+        started = time.perf_counter()
         with clock.spent_on(accounting.COMPILE if new else accounting.STEP):
           at.state, measured = train_step(at.state, batch)
           if new:
-            # Its first execution connects devices and tunes kernels.
+            # Its first execution connects devices.
             jax.block_until_ready(measured)
+        if new:
+          reports.first_took(time.perf_counter() - started)
         at.step, at.position, scores = at.step + 1, number + 1, {}
         reports.later(at.step, at.position, measured)
         profile.after(at.step, measured)
@@ -223,7 +234,7 @@ def _train(
       goodput.give_up()
       return Status.PREEMPTED if interrupted and end is None else end
     if interrupted and at.step == begun:
-      say("stopped   before the first step; run again to continue")
+      say(_NOT_BEGUN)
       return Status.PREEMPTED
     if interrupted and run.checkpoints.latest() != at.step:
       _save(run, at, scores, clock, goodput)
@@ -231,7 +242,7 @@ def _train(
       while failure := run.checkpoints.failure(wait=True):
         say(f"save      failed ({failure}); once more")
         _save(run, at, scores, clock, goodput)
-    goodput.write(at.step)
+    goodput.write(at.step, finished=not interrupted)
     log.write(at.step, goodput.record())
   if interrupted:
     say(f"stopped   step {at.step}, saved; run again to continue")

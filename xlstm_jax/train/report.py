@@ -19,10 +19,15 @@ def describe(run: Run) -> None:
   tokens = cfg.batch_size * cfg.data.context
   corpus = sum(m.splits["train"].total.tokens for m in run.manifests)
   mesh = " ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items())
+  # No text has the others; their rows take memory and time all the same.
+  known = run.manifests[0].tokenizer.vocab_size
+  vocabulary = f"vocabulary {cfg.model.vocab_size}"
+  if known < cfg.model.vocab_size:
+    vocabulary += f", of which the tokenizer has {known}"
   say(f"workdir   {run.workdir}")
   say(
     f"model     {metrics.short(counts.parameters(cfg.model))} parameters; "
-    f"{blocks}; width {cfg.model.width}, vocabulary {cfg.model.vocab_size}"
+    f"{blocks}; width {cfg.model.width}, {vocabulary}"
   )
   say(
     f"devices   {jax.device_count()} x {jax.devices()[0].device_kind}; {mesh}"
@@ -65,12 +70,20 @@ class Report:
     self._health = health
     self._logged = step
     self._waiting: tuple[int, int, Metrics] | None = None
+    self._first: float | None = None
     self._tokens = cfg.batch_size * cfg.data.context
     self._flops = counts.train_flops_per_token(cfg.model, cfg.data.context)
     self._peak = None
     # The table holds bf16 peaks.
     if cfg.compute.dtype == "bfloat16":
       self._peak = metrics.peak_flops(jax.devices()[0].device_kind)
+
+  def first_took(self, seconds: float) -> None:
+    """Takes the time of this process's first step, which is not a step's.
+
+    It connects devices, and is counted as compilation.
+    """
+    self._first = seconds
 
   def later(self, step: int, position: int, measured: Metrics) -> None:
     """Hands over a dispatched step and reports the one before it.
@@ -120,14 +133,24 @@ class Report:
     say(self._line(step, record))
 
   def _rates(self, step: int) -> dict[str, float]:
-    """Speeds since the last record, of the time spent on training alone."""
+    """Speeds since the last record, of the time spent on training alone.
+
+    The first step of a process is left out with its time, unless there is no
+    other to measure.
+    """
     spent = self._clock.lap()
     if COMPILE in spent:
       say(f"compiled  in {spent[COMPILE]:.1f} s")
     seconds = spent[STEP] + spent.get(DATA, 0.0)
-    tokens = (step - self._logged) * self._tokens
+    steps = step - self._logged
+    if self._first is not None and steps > 1:
+      steps -= 1
+    elif self._first is not None:
+      seconds += self._first
+    self._first = None
+    tokens = steps * self._tokens
     rates = {
-      "seconds_per_step": seconds / (step - self._logged),
+      "seconds_per_step": seconds / steps,
       "tokens_per_second": tokens / seconds,
       "flops_per_second": tokens * self._flops / seconds,
       "data_wait": spent.get(DATA, 0.0) / seconds,

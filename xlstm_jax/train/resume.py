@@ -3,12 +3,14 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from xlstm_jax import config, metrics
 from xlstm_jax.checkpoints import EVAL_LOSS, Checkpoints
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data import tokenizer
+from xlstm_jax.data.pipeline import DataConfig, mixing_pattern
 from xlstm_jax.errors import UserError
 from xlstm_jax.train import state as states
 from xlstm_jax.train.health import Health
@@ -17,7 +19,10 @@ from xlstm_jax.train.state import TrainState
 
 
 def check_same_run(run: Run) -> None:
-  """Refuses a workdir of another model or tokenizer; lists other changes."""
+  """Refuses a workdir of another model or tokenizer; lists other changes.
+
+  Whatever changes which tokens come next has to be accepted.
+  """
   step = run.checkpoints.latest()
   if step is None or not (run.workdir / config.CONFIG_FILE).exists():
     return
@@ -36,29 +41,91 @@ def check_same_run(run: Run) -> None:
     )
   saved = progress(run.checkpoints, step)
   _check_tokenizer(run, saved["tokenizer"], run.workdir)
-  for key, change in changed.items():
-    say(f"changed   {_listed({key: change})}")
-  hashes = [manifest.hash for manifest in run.manifests]
-  # Another number of datasets is another mixture, and was listed above.
-  if len(saved["data"]) == len(hashes) and saved["data"] != hashes:
-    _check_data(run, saved["data"], hashes)
-
-
-def _check_data(run: Run, before: list[str], now: list[str]) -> None:
-  """Refuses datasets other than the checkpoint's, whatever their names."""
-  changed = [
-    path
-    for path, old, new in zip(run.cfg.data.paths, before, now, strict=True)
-    if old != new
-  ]
-  if not run.cfg.data.accept_changes:
+  other_tokens = _other_tokens(run, saved)
+  if other_tokens and not run.cfg.data.accept_changes:
     raise UserError(
-      f"{', '.join(changed)} was prepared anew since the checkpoint in "
-      f"{run.workdir}, or is another dataset, so the run would not go on with "
-      "the same text in the same order: restore the data, or accept that with "
+      f"The run in {run.workdir} would read other tokens than those that come "
+      f"next. {' '.join(other_tokens)} Restore what changed, begin another run "
+      f"with --config.init_from={run.workdir}, or accept that with "
       "--config.data.accept_changes=true."
     )
-  say(f"changed   {', '.join(changed)}: other data than the checkpoint's")
+  for key, change in changed.items():
+    say(f"changed   {_listed({key: change})}")
+  for sentence in other_tokens:
+    say(f"accepted  {sentence}")
+
+
+def _other_tokens(run: Run, saved: dict[str, Any]) -> list[str]:
+  """What makes the run go on with other tokens, and what that means.
+
+  Args:
+    run: that is about to go on.
+    saved: the progress in its checkpoint.
+  """
+  before, now = saved["data"], [manifest.hash for manifest in run.manifests]
+  changed = []
+  if sorted(before) == sorted(now):
+    if before != now:
+      changed.append("data.paths has the same datasets in another order")
+  elif len(before) == len(now):
+    paths = zip(run.cfg.data.paths, before, now, strict=True)
+    others = ", ".join(path for path, old, new in paths if old != new)
+    changed.append(
+      f"{others} was prepared anew since the checkpoint, or is another dataset"
+    )
+  else:
+    changed.append(f"data.paths has {len(now)} datasets, not {len(before)}")
+  order = saved.get("order")
+  if order is None:
+    # An older version's checkpoint.
+    order = _order(config.load(run.workdir).data)
+  changed += _order_changes(run, order, same_data=before == now)
+  sentences = []
+  if changed:
+    sentences.append(
+      f"{'; '.join(changed)}: some tokens are read twice in this epoch, and "
+      "others never."
+    )
+  size, windows = run.cfg.batch_size, saved["windows"]
+  if skipped := size * next_batch(windows=windows, batch_size=size) - windows:
+    sentences.append(
+      f"config.batch_size={size} does not divide the {windows} windows "
+      f"that were read: {skipped} more, of {run.cfg.data.context} tokens each, "
+      "are not read in this epoch."
+    )
+  return sentences
+
+
+def _order(cfg: DataConfig) -> dict[str, Any]:
+  """What orders the windows of given datasets, as JSON holds it."""
+  return {
+    "context": cfg.context,
+    "shuffle": cfg.shuffle,
+    "seed": cfg.seed,
+    "weights": None if cfg.weights is None else list(cfg.weights),
+  }
+
+
+def _order_changes(
+  run: Run, before: dict[str, Any], *, same_data: bool
+) -> list[str]:
+  """The settings that changed and change the order of the windows.
+
+  Args:
+    run: with the settings of now.
+    before: what `_order` said of those of the checkpoint.
+    same_data: whether the datasets are the same, in the same order.
+  """
+  now = _order(run.cfg.data)
+  changed = [key for key in now if before[key] != now[key]]
+  if "seed" in changed and not (before["shuffle"] or now["shuffle"]):
+    changed.remove("seed")
+  if "weights" in changed and same_data:
+    tokens = [one.splits["train"].total.tokens for one in run.manifests]
+    drawn = [mixing_pattern(one["weights"] or tokens) for one in (before, now)]
+    if np.array_equal(drawn[0][0], drawn[1][0]):
+      changed.remove("weights")
+  return [_listed({f"data.{k}": (before[k], now[k])}) for k in changed]
 
 
 def _check_tokenizer(run: Run, hash: str, workdir: epath.Path) -> None:
@@ -149,6 +216,7 @@ def to_json(run: Run, at: Progress) -> dict[str, Any]:
     "seed": run.cfg.seed,
     "tokenizer": run.manifests[0].tokenizer.hash,
     "data": [manifest.hash for manifest in run.manifests],
+    "order": _order(run.cfg.data),
     "health": at.health.to_json(),
     "owes_evaluation": at.owes_evaluation,
   }

@@ -8,7 +8,8 @@ class Status(enum.IntEnum):
 
   Attributes:
     DONE: all steps are done.
-    USER_ERROR: the configuration, the data or the workdir is wrong.
+    USER_ERROR: the configuration, the data, the workdir or the machine is not
+      what it must be.
     DIVERGED: rolled back too often.
     HUNG: no step finished in time, or a process was missing.
     PREEMPTED: a signal ended it (EX_TEMPFAIL: try again).

@@ -30,7 +30,24 @@ def compiled(definition: Definition, cfg: RunConfig, mesh: Mesh) -> Any:
     in_shardings=(of_state, sharding.batch_sharding(mesh)),
     out_shardings=(of_state, sharding.replicated(mesh)),
     donate_argnums=0,
+    compiler_options=_compiler_options(cfg, mesh),
   )
+
+
+def _compiler_options(cfg: RunConfig, mesh: Mesh) -> dict[str, bool]:
+  if not cfg.compute.deterministic or _platform(mesh) != "gpu":
+    return {}
+  # The first forbids atomic sums, as of the embedding's gradient, and the
+  # timing of kernels against each other, without which Triton's for matmuls
+  # have no tiles where no device is there to ask.
+  return {
+    "xla_gpu_deterministic_ops": True,
+    "xla_gpu_enable_triton_gemm": False,
+  }
+
+
+def _platform(mesh: Mesh) -> str:
+  return mesh.devices.flat[0].platform
 
 
 def abstract_batch(cfg: RunConfig, mesh: Mesh) -> Any:

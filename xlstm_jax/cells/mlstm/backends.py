@@ -163,7 +163,7 @@ def mlstm(
   if axis_name is not None:
     inputs = Tokens(q_BTHK, k_BTHK, v_BTHV, log_i_BTH, log_f_BTH, tokens.id_BT)
     own = update(inputs, before_B, stabilize=stabilize)
-    state = sequence.entering(own, state, axis_name)
+    state = sequence.entering(own, state, axis_name, q_BTHK.dtype)
   state = state._replace(segment_B=before_B)
   h_BTHV, last = form.run(
     q_BTHK,

@@ -37,6 +37,7 @@ def chunkwise(
   inputs and the states between chunks.
   """
   batch, time = log_i_BTH.shape[:2]
+  dtype = q_BTHK.dtype
   if chunk is None:
     chunk = default_chunk(time, k_BTHK.shape[-1], v_BTHV.shape[-1])
   split = partial(_split, chunk=chunk)
@@ -52,8 +53,8 @@ def chunkwise(
   id_before = jnp.concatenate([state.segment_B, tokens.id_BT[:-batch, -1]])
   updates = update(tokens, id_before, stabilize=stabilize)
   last, between = jax.lax.scan(
-    lambda state, update: (updated(state, update), state),
-    with_constant_scale(state),
+    lambda state, update: (updated(state, update, dtype), state),
+    with_constant_scale(state, dtype),
     jax.tree.map(lambda x: x.reshape(-1, batch, *x.shape[1:]), updates),
   )
   between = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), between)
@@ -62,7 +63,7 @@ def chunkwise(
   read = partial(outputs, stabilize=stabilize, normalize=normalize, eps=eps)
   h = jax.checkpoint(read)(tokens, between)
   h_BTHV = _join(h, batch)[:, :time]
-  return h_BTHV, with_own_scale(last)
+  return h_BTHV, with_own_scale(last, dtype)
 
 
 def default_chunk(time: int, key_dim: int, value_dim: int) -> int:

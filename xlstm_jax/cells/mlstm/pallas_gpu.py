@@ -30,6 +30,7 @@ from xlstm_jax.cells.mlstm.pallas_gpu_blocks import (
 from xlstm_jax.cells.mlstm.pallas_gpu_gates import (
   Scales,
   last_stabilizer,
+  parts_of_states,
   scales,
   sums_from,
 )
@@ -193,8 +194,11 @@ def _forward(
     key_dim=opt.key_dim,
     stabilize=opt.stabilize,
   )
-  C_BHNKV, n_BHNK, C_last, n_last = _states(
-    k, v, s.write_BHT, s.write_BHT, s.keep_BHN, C, n, opt=opt
+  parts = parts_of_states(s, C)
+  if not opt.normalize:
+    parts = jnp.ones_like(parts)
+  C_BHPKV, n_BHNK, C_last, n_last = _states(
+    k, v, s.write_BHT, s.write_BHT, s.keep_BHN, parts[..., :-1], C, n, opt=opt
   )
   floor_BHT, extra_BHT = _floor(s, opt)
   read = _kernels().weigh(
@@ -209,31 +213,36 @@ def _forward(
     chunk=opt.blocks.chunk,
     interpret=opt.interpret,
   )
+  state = (C_BHPKV, parts[..., :-1])
   (results,) = _kernels().combine(
-    [_kernels().Sum("h", q, C_BHNKV, read["pairs"], v, read["past"], low=keep)],
+    [_kernels().Sum("h", q, *state, read["pairs"], v, read["past"], low=keep)],
     chunk=opt.blocks.chunk,
     columns=opt.blocks.sum_columns,
     interpret=opt.interpret,
   )
   h, low = results["y"], results.get("low")
-  kept = (q, k, v, h, low, read, s, C, C_BHNKV, n_BHNK)
+  kept = (q, k, v, h, low, read, s, C, C_BHPKV, n_BHNK, parts)
   return (h, C_last, n_last, s.m_last_BH), kept
 
 
 def _backward(opt, kept, cotangents):
-  q, k, v, h, low, read, s, C, C_BHNKV, n_BHNK = kept
+  q, k, v, h, low, read, s, C, C_BHPKV, n_BHNK, parts = kept
   dh, dC_last, dn_last, _ = cotangents
   # Else the compiler makes dh anew for each of the results that follow.
   dh = jax.lax.optimization_barrier(dh)
   width = _kernels().out_width(opt.blocks.sum_columns, h.shape[-1])
   h = _kernels().exact(h, low, width=width)
   bias_BHT, reading_BHT = _readout_backward(opt, s, read, h, dh)
-  D_BHNKV, dn_BHNK, dC, dn = _states(
+  # The gradient of a state has as many parts as the state: they cancel in the
+  # gradients of the tokens that rule it.
+  C_parts, D_parts = parts[..., :-1], parts[..., 1:]
+  D_BHPKV, dn_BHNK, dC, dn = _states(
     q,
     dh,
     read["past"],
     read["past"] * bias_BHT,
     s.keep_BHN,
+    D_parts,
     dC_last,
     dn_last,
     opt=opt,
@@ -247,7 +256,16 @@ def _backward(opt, kept, cotangents):
     interpret=opt.interpret,
   )
   sums = [
-    sum_("dv", k, D_BHNKV, read["pairs"], dh, s.write_BHT, partner_BTHO=v)
+    sum_(
+      "dv",
+      k,
+      D_BHPKV,
+      D_parts,
+      read["pairs"],
+      dh,
+      s.write_BHT,
+      partner_BTHO=v,
+    )
   ]
   early = []
   if values_apart(q.shape[-1]):
@@ -270,7 +288,8 @@ def _backward(opt, kept, cotangents):
   sum_q = sum_(
     "dq",
     dh,
-    C_BHNKV,
+    C_BHPKV,
+    C_parts,
     dscores_BHTZ,
     k,
     read["past"],
@@ -280,7 +299,8 @@ def _backward(opt, kept, cotangents):
   sum_k = sum_(
     "dk",
     v,
-    D_BHNKV,
+    D_BHPKV,
+    D_parts,
     dscores_BHTZ,
     q,
     s.write_BHT,
@@ -291,8 +311,10 @@ def _backward(opt, kept, cotangents):
   di_BHT = written["dot"] + of_v["dot"]
   passed_BHT = of_k["dot"]
 
-  through_BHN = _through(C_BHNKV, D_BHNKV, C, dC_last)
-  through_BHN += _total(n_BHNK, dn_BHNK)
+  through_BHN = _through(
+    *(C_BHPKV, C_parts, D_BHPKV, D_parts, C, dC_last), interpret=opt.interpret
+  )
+  through_BHN += _total(n_BHNK, dn_BHNK, of=1)
   df_BHT = _forget_gradient(
     s.keep_BHN * through_BHN, passed_BHT, reading_BHT - di_BHT
   )
@@ -336,19 +358,26 @@ def _forget_gradient(through_BHN, passed_BHT, net_BHT):
   return crossing.reshape(net_BHT.shape)
 
 
-def _through(C_BHNKV, D_BHNKV, C_BHKV, D_BHKV):
+def _through(C_BHPKV, C_parts, D_BHPKV, D_parts, C_BHKV, D_BHKV, *, interpret):
   """States before chunks times gradients of those after.
 
-  The kernels keep them rounded. The first state and the last gradient are
-  there as they are.
+  The kernels keep them rounded, some in two parts. The first state and the last
+  gradient are there as they are.
   """
-  through_BHN = _total(C_BHNKV, D_BHNKV)
-  first = (C_BHKV - C_BHNKV[:, :, 0].astype(jnp.float32), D_BHNKV[:, :, 0])
-  last = (C_BHNKV[:, :, -1], D_BHKV - D_BHNKV[:, :, -1].astype(jnp.float32))
-  for at, pair in ((0, first), (-1, last)):
-    rest_BHN = _total(*(x[:, :, None] for x in pair))
-    through_BHN = through_BHN.at[..., at].add(rest_BHN[..., 0])
-  return through_BHN
+  chunks = C_parts.shape[-1]
+
+  def kept(x_BHPKV, parts_BHN, at):
+    rest = x_BHPKV[:, :, chunks + at].astype(jnp.float32)
+    ruled = parts_BHN[..., at, None, None] > 1
+    return x_BHPKV[:, :, at] + jnp.where(ruled, rest, 0)
+
+  C, D, last = (C_BHPKV, C_parts), (D_BHPKV, D_parts), chunks - 1
+  through_BHN = _kernels().inner_products(
+    C_BHPKV, D_BHPKV, C_parts, D_parts, interpret=interpret
+  )
+  first_BH = _total(C_BHKV - kept(*C, 0), kept(*D, 0), of=2)
+  last_BH = _total(kept(*C, last), D_BHKV - kept(*D, last), of=2)
+  return through_BHN.at[..., 0].add(first_BH).at[..., last].add(last_BH)
 
 
 def _floor(s: Scales, opt: _Options):
@@ -357,13 +386,12 @@ def _floor(s: Scales, opt: _Options):
   return floor_BHT, opt.eps * jnp.exp(s.m_BHT - s.gauge_BHT)
 
 
-def _total(x_BHN, y_BHN):
-  """The sum of x y, as [B, H, N]."""
-  product_BHN = x_BHN.astype(jnp.float32) * y_BHN.astype(jnp.float32)
-  return jnp.sum(product_BHN, axis=tuple(range(3, x_BHN.ndim)))
+def _total(x, y, *, of: int):
+  """The sum of x y over the last `of` axes."""
+  return jnp.sum(x * y, axis=tuple(range(-of, 0)))
 
 
-def _states(k, v, write, write_n, keep, C, n, *, opt, reverse=False):
+def _states(k, v, write, write_n, keep, parts, C, n, *, opt, reverse=False):
   """`scan_states`, in spans where rows and heads alone leave the GPU idle.
 
   Spans start from what all spans before them leave, which takes a first pass
@@ -376,6 +404,7 @@ def _states(k, v, write, write_n, keep, C, n, *, opt, reverse=False):
     write,
     write_n,
     keep,
+    parts,
     chunk=opt.blocks.chunk,
     columns=opt.blocks.state_columns,
     reverse=reverse,

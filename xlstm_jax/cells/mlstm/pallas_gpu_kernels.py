@@ -46,6 +46,7 @@ def scan_states(
   write_BHT: jax.Array,
   write_n_BHT: jax.Array,
   keep_BHN: jax.Array,
+  parts_BHN: jax.Array,
   C_BHSKV: jax.Array,
   n_BHSK: jax.Array,
   *,
@@ -63,9 +64,10 @@ def scan_states(
   most so many columns of C.
 
   Returns:
-    With `save` the states that enter every chunk, C_BHNKV in bfloat16 and
-    n_BHNK (else placeholders), and the states after every span, without
-    `save` but the last.
+    With `save` the states that enter every chunk (else placeholders), and the
+    states after every span, without `save` but the last. The first are n_BHNK
+    and in bfloat16 C_BHPKV: N times C, then N times what rounding took from it,
+    which is written only where `parts_BHN` is 2.
   """
   batch, time, heads, key_dim = k_BTHK.shape
   value_dim = v_BTHV.shape[-1]
@@ -85,7 +87,7 @@ def scan_states(
   paired = key_blocks % 2 == 0 and not interpret
 
   def mlstm_states(
-    k_ref, v_ref, w_ref, wn_ref, keep_ref, C0_ref, n0_ref,
+    k_ref, v_ref, w_ref, wn_ref, keep_ref, parts_ref, C0_ref, n0_ref,
     C_ref, n_ref, C_last_ref, n_last_ref,
     k_smem, v_smem, w_smem, wn_smem, C_smem, full, free,
   ):  # fmt: skip
@@ -139,21 +141,37 @@ def scan_states(
       )
       n_k = plgpu.load(n0_ref.at[b, h, s, keys], layout=ROW, optimized=False)
 
-      def one_chunk(c, carry):
-        C_kv, n_k = carry
-        if save:
-          _store(
-            C_smem.at[worker],
-            C_kv.astype(BF16),
-            C_ref.at[b, h, place(c), keys, values],
+      def of_chunk(c):
+        return keep_ref[b, h, place(c)], parts_ref[b, h, place(c)]
+
+      def save_state(c, C_kv, n_k, parts):
+        _store(
+          C_smem.at[worker],
+          C_kv.astype(BF16),
+          C_ref.at[b, h, place(c), keys, values],
+        )
+
+        @pl.when(parts > 1)
+        def _rest():
+          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+          # 64 columns at a time, from what was rounded there: registers are
+          # full.
+          for start in range(0, width, 64):
+            rounded_ref = C_smem.at[worker, :, pl.ds(start, 64)]
+            rounded = plgpu.load(rounded_ref, layout=MATRIX).astype(F32)
+            rest = C_kv[:, start : start + 64] - rounded
+            rounded_ref[...] = rest.astype(BF16)
+          plgpu.commit_smem()
+          plgpu.copy_smem_to_gmem(
+            C_smem.at[worker], C_ref.at[b, h, chunks + place(c), keys, values]
           )
 
-          @pl.when(first)
-          def _save():
-            n_ref.at[b, h, place(c), keys][...] = n_k
+        @pl.when(first)
+        def _vector():
+          n_ref.at[b, h, place(c), keys][...] = n_k
 
-        keep = keep_ref[b, h, place(c)]
-
+      def written(c, C_kv, n_k, operands):
+        """The state with the chunk's tokens, their keys in 1 or 2 operands."""
         counts = [c * tiles + tile for tile in range(tiles)]
 
         def add(multiply, n_k):
@@ -168,18 +186,40 @@ def scan_states(
             w_l = plgpu.load(w_smem.at[slot], layout=COLUMN)
             wn_l = plgpu.load(wn_smem.at[slot], layout=COLUMN)
             n_k = n_k + (k_kl * _over_rows(wn_l, ROWS)).sum(axis=1)
-            wk_kl = (k_kl * _over_rows(w_l, ROWS)).astype(BF16)
-            if tile:  # its product ran while this operand was prepared
+            wk_kl = k_kl * _over_rows(w_l, ROWS)
+            rounded_kl = wk_kl.astype(BF16)
+            if tile:  # its products ran while this operand was prepared
               plgpu.wgmma_wait(0)
               ring.release(counts[tile - 1])
-            multiply(wk_kl, v_smem.at[slot])
+            multiply(rounded_kl, v_smem.at[slot])
+            if operands == 2:
+              rest_kl = (wk_kl - rounded_kl.astype(F32)).astype(BF16)
+              multiply(rest_kl, v_smem.at[slot])
           return n_k
 
-        C_kv, n_k = _accumulate(C_kv * keep, n_k * keep, add, interpret)
+        C_kv, n_k = _accumulate(C_kv, n_k, add, interpret)
         ring.release(counts[-1])
         return C_kv, n_k
 
-      C_kv, n_k = lax.fori_loop(0, span, one_chunk, (C_kv, n_k))
+      def one_chunk(c, carry):
+        C_kv, n_k, keep, parts = carry
+        # Read a chunk ahead, for memory answers late.
+        keep_next, parts_next = of_chunk(jnp.minimum(c + 1, span - 1))
+        if save:
+          save_state(c, C_kv, n_k, parts)
+        # What the last chunk leaves may be read by whatever follows.
+        exact = (parts_next > 1) | (c == span - 1)
+        C_kv, n_k = lax.cond(
+          exact,
+          functools.partial(written, operands=2),
+          functools.partial(written, operands=1),
+          *(c, C_kv * keep, n_k * keep),
+        )
+        return C_kv, n_k, keep_next, parts_next
+
+      C_kv, n_k, *_ = lax.fori_loop(
+        0, span, one_chunk, (C_kv, n_k, *of_chunk(0))
+      )
       C_last_ref.at[b, h, s, keys, values][...] = C_kv
 
       @pl.when(first)
@@ -201,7 +241,7 @@ def scan_states(
   return plgpu.kernel(
     mlstm_states,
     out_type=(
-      jax.ShapeDtypeStruct((batch, heads, saved, key_dim, value_dim), BF16),
+      jax.ShapeDtypeStruct((batch, heads, 2 * saved, key_dim, value_dim), BF16),
       jax.ShapeDtypeStruct((batch, heads, saved, key_dim), F32),
       jax.ShapeDtypeStruct(C_BHSKV.shape, F32),
       jax.ShapeDtypeStruct(n_BHSK.shape, F32),
@@ -223,7 +263,72 @@ def scan_states(
     ),
     compiler_params=_COMPILER,
     interpret=interpret,
-  )(k_BTHK, v_BTHV, write_BHT, write_n_BHT, keep_BHN, C_BHSKV, n_BHSK)
+  )(
+    k_BTHK, v_BTHV, write_BHT, write_n_BHT, keep_BHN, parts_BHN, C_BHSKV, n_BHSK
+  )  # fmt: skip
+
+
+@lowered_once("interpret")
+def inner_products(
+  x_BHPKV: jax.Array,
+  y_BHPKV: jax.Array,
+  x_parts_BHN: jax.Array,
+  y_parts_BHN: jax.Array,
+  *,
+  interpret: Any = None,
+) -> jax.Array:
+  """The sum of x y over K and V, of states as `scan_states` writes them.
+
+  Second parts are read where there are any, but their product is left out. XLA
+  would always read them.
+  """
+  batch, heads, chunks = x_parts_BHN.shape
+  size = math.prod(x_BHPKV.shape[3:])
+  # Whole lines of memory, 16 bytes a thread.
+  step, loads = 1024, 2
+  layout = plgpu.Layout.WG_STRIDED((step,), vec_size=8)
+
+  def mlstm_products(x_ref, y_ref, x_parts_ref, y_parts_ref, sums_ref):
+    b, h, n = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
+    x_parts, y_parts = x_parts_ref[b, h, n], y_parts_ref[b, h, n]
+
+    def load(ref, part, place):
+      at = part * chunks + n
+      x = plgpu.load(ref.at[b, h, at, place], layout=layout, optimized=False)
+      return x.astype(F32)
+
+    def pair_of_parts(pair, sums):
+      second = jnp.minimum(pair, 1)
+      x_part = jnp.where(pair == 1, x_parts - 1, 0)
+      y_part = second - x_part
+
+      def several(i, sums):
+        for j in range(loads):
+          place = pl.ds((i * loads + j) * step, step)
+          sums += load(x_ref, x_part, place) * load(y_ref, y_part, place)
+        return sums
+
+      return lax.fori_loop(0, size // (loads * step), several, sums)
+
+    zeros = plgpu.layout_cast(jnp.zeros((step,), F32), layout)
+    sums_ref.at[b, h, n][...] = lax.fori_loop(
+      0, x_parts + y_parts - 1, pair_of_parts, zeros
+    )
+
+  sums = plgpu.kernel(
+    mlstm_products,
+    out_type=jax.ShapeDtypeStruct((batch, heads, chunks, step), F32),
+    grid=(chunks, heads, batch),
+    grid_names=("chunk", "head", "batch"),
+    compiler_params=_COMPILER,
+    interpret=interpret,
+  )(
+    x_BHPKV.reshape(*x_BHPKV.shape[:3], -1),
+    y_BHPKV.reshape(*y_BHPKV.shape[:3], -1),
+    x_parts_BHN,
+    y_parts_BHN,
+  )
+  return jnp.sum(sums, axis=-1)
 
 
 def scan_blocks(key_dim: int, value_dim: int, columns: int) -> tuple[int, int]:
@@ -552,6 +657,8 @@ def weigh(
 class Sum:
   """y_x = past_x a_x state + the sum over z of w_xz c_z.
 
+  The state is the sum of its parts, as `scan_states` writes them.
+
   z runs over the tokens of the chunk that x sees: in "h" and "dq" those up to
   its block of 128, in "dk" and "dv" those from there on. The state is
   transposed in "dq" and "dk", which have the vector added to a_x state, "dq"
@@ -567,7 +674,8 @@ class Sum:
     metadata={"static": True}
   )
   a_BTHA: jax.Array
-  state_BHN: jax.Array
+  state_BHPAO: jax.Array
+  parts_BHN: jax.Array
   w_BHTZ: jax.Array
   c_BTHO: jax.Array
   past_BHT: jax.Array
@@ -588,7 +696,7 @@ class Sum:
     """What the kernel reads."""
     values = {
       "a": self.a_BTHA,
-      "state": self.state_BHN,
+      "state": self.state_BHPAO,
       "w": self.w_BHTZ,
       "c": self.c_BTHO,
       "past": self.past_BHT,
@@ -643,8 +751,8 @@ def combine(
   stages, stores = combine_buffers(width, depth)
 
   def mlstm_sums(
-    inputs, outputs, a_smem, c_smem, vector_smem, y_smem, full, free,
-    item_full, item_free,
+    inputs, parts_ref, outputs, a_smem, c_smem, vector_smem, y_smem, full,
+    free, item_full, item_free,
   ):  # fmt: skip
     a_smem, across_smem = a_smem
     c_smem, across_state_smem = c_smem
@@ -653,35 +761,47 @@ def combine(
     ring = _Ring(full, free, stages)
     vector_ring = _Ring(item_full, item_free, 2)
 
+    def find(k):
+      """Row, head, chunk, the number of the sum, and the place in its chunk."""
+      b, h, n, place = _item(
+        block,
+        k,
+        per_chunk=ends[-1],
+        blocks=blocks,
+        heads=heads,
+        chunks=chunks,
+      )
+      which = sum((place >= end).astype(jnp.int32) for end in ends[:-1])
+      return b, h, n, which, place
+
+    def parts_of(k):
+      b, h, n, which, _ = find(k)
+      return parts_ref[b, h, n, which]
+
     def each_item(run, counts):
       """Runs all items of this block, each as its sum wants it."""
 
-      def item(k, counts):
-        b, h, n, place = _item(
-          block,
-          k,
-          per_chunk=ends[-1],
-          blocks=blocks,
-          heads=heads,
-          chunks=chunks,
-        )
+      def item(k, carry):
+        parts, counts = carry
+        # Read an item ahead, for memory answers late.
+        parts_next = parts_of(jnp.minimum(k + 1, mine - 1))
+        b, h, n, which, place = find(k)
 
         def branch(i):
           def of_sum(counts):
             first = ends[i - 1] if i else 0
             r = (place - first) // out_tiles[i]
             o = lax.rem(place - first, out_tiles[i])
-            return run(i, (b, h, n, r, o), counts)
+            return run(i, (b, h, n, r, o), parts, counts)
 
           return of_sum
 
         branches = [branch(i) for i in range(len(sums))]
         if len(sums) == 1:
-          return branches[0](counts)
-        which = sum((place >= end).astype(jnp.int32) for end in ends[:-1])
-        return lax.switch(which, branches, counts)
+          return parts_next, branches[0](counts)
+        return parts_next, lax.switch(which, branches, counts)
 
-      lax.fori_loop(0, mine, item, counts)
+      lax.fori_loop(0, mine, item, (parts_of(0), counts))
 
     def seen(x, r):
       """The first block of tokens that a row tile sees, and the end."""
@@ -691,7 +811,7 @@ def combine(
     def _load():
       plgpu.set_max_registers(40, action="decrease")
 
-      def load(i, item, counts):
+      def load(i, item, parts, counts):
         x, refs = sums[i], inputs[i]
         b, h, n, r, o = item
         step, vectors = counts
@@ -704,14 +824,23 @@ def combine(
             slot, refs["vector"].at[b, h, n, columns], vector_smem.at[slot]
           )
           vectors += 1
-        for start, _ in _parts(x.a_BTHA.shape[-1], depth):
-          slot = ring.room(step)
-          part = pl.ds(start, depth)
-          place = (columns, part) if x.transposed else (part, columns)
-          target = across_state_smem if x.transposed else c_smem
-          ring.fill(slot, refs["a"].at[b, rows, h, part], a_smem.at[slot])
-          ring.fill(slot, refs["state"].at[b, h, n, *place], target.at[slot])
-          step += 1
+
+        def state(part, step):
+          for start, _ in _parts(x.a_BTHA.shape[-1], depth):
+            slot = ring.room(step)
+            shared = pl.ds(start, depth)
+            place = (columns, shared) if x.transposed else (shared, columns)
+            target = across_state_smem if x.transposed else c_smem
+            ring.fill(slot, refs["a"].at[b, rows, h, shared], a_smem.at[slot])
+            ring.fill(
+              slot,
+              refs["state"].at[b, h, part * chunks + n, *place],
+              target.at[slot],
+            )
+            step += 1
+          return step
+
+        step = lax.fori_loop(0, parts, state, step)
 
         def partner(step):
           for part in range(per_block):
@@ -768,7 +897,7 @@ def combine(
           ring.release(step + part)
         return dot_x, step + per_block
 
-      def compute(i, item, counts):
+      def compute(i, item, state_parts, counts):
         x, refs, out_refs = sums[i], inputs[i], outputs[i]
         b, h, n, r, o = item
         step, vectors = counts
@@ -789,10 +918,15 @@ def combine(
             state = c_smem.at[slot, new]
           multiply(a_smem.at[slot, half, new], state)
 
+        def part_of_state(_, carry):
+          step, y = carry
+          y, _, step = _stream(
+            ring, step, len(parts), y, None, read_state, interpret
+          )
+          return step, y
+
         zeros = plgpu.layout_cast(jnp.zeros((ROWS, width), F32), MATRIX)
-        y, _, step = _stream(
-          ring, step, len(parts), zeros, None, read_state, interpret
-        )
+        step, y = lax.fori_loop(0, state_parts, part_of_state, (step, zeros))
         if x.transposed:
           slot = vector_ring.take(vectors)
           vector = _over_rows(
@@ -883,7 +1017,7 @@ def combine(
     ),
     compiler_params=_COMPILER,
     interpret=interpret,
-  )([x.arrays() for x in sums])
+  )([x.arrays() for x in sums], jnp.stack([x.parts_BHN for x in sums], axis=-1))
   for result in results:
     if "dot" in result:
       result["dot"] = jnp.sum(result["dot"], axis=0)

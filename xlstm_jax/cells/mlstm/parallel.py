@@ -1,9 +1,11 @@
 """The mLSTM as masked attention: all pairs of tokens at once."""
 
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from xlstm_jax.cells.documents import Documents
 from xlstm_jax.cells.mlstm.gates import (
@@ -20,7 +22,7 @@ from xlstm_jax.cells.mlstm.state import (
   with_constant_scale,
   with_own_scale,
 )
-from xlstm_jax.cells.precision import product
+from xlstm_jax.cells.precision import multiplied, product
 
 
 class Tokens(NamedTuple):
@@ -75,17 +77,15 @@ def outputs(
     )
   else:
     m_BTH = jnp.zeros_like(log_i)
-  g_BTH = reading_scale(m_BTH)
+  g_BTH = reading_scale(m_BTH, dtype)
 
   w_BHTS = jnp.exp(log_w_BHTS - g_BTH.mT[..., None])
   w_BHTS *= scale * product("BTHK,BSHK->BHTS", q, k, dtype)
-  log_past_BTH = since_BTH + constant(state.m_BH)[:, None] - g_BTH
+  log_past_BTH = since_BTH + constant(state.m_BH, dtype)[:, None] - g_BTH
   log_past_BTH = jnp.where(continues_BT1, log_past_BTH, -jnp.inf)
   past_BTH = scale * jnp.exp(log_past_BTH)
 
-  Cq_BTHV = past_BTH[..., None] * product(
-    "BTHK,BHKV->BTHV", q, state.C_BHKV, dtype
-  )
+  Cq_BTHV = read(past_BTH, q, state.C_BHKV, dtype)
   nq_BTH = past_BTH * jnp.sum(q * state.n_BHK[:, None], axis=-1)
   return readout(
     Cq_BTHV + product("BHTS,BSHV->BTHV", w_BHTS, v, dtype),
@@ -93,6 +93,7 @@ def outputs(
     m_BTH,
     normalize=normalize,
     eps=eps,
+    dtype=dtype,
   )
 
 
@@ -113,18 +114,21 @@ def update(
   else:
     m_BH = jnp.zeros_like(since_BH)
   # Padding alone has m = -inf: it adds 0 in any scale.
-  scale_BH = jnp.where(m_BH == -jnp.inf, 0, constant(m_BH))
+  scale_BH = jnp.where(m_BH == -jnp.inf, 0, constant(m_BH, v.dtype))
   w_BTH = jnp.exp(log_w_BTH - scale_BH[:, None])
-  wk_BTHK = w_BTH[..., None] * k.astype(wide)
-  C_BHKV = product("BTHK,BTHV->BHKV", wk_BTHK, v.astype(wide), v.dtype)
-  return Update(decay_BH, C_BHKV, jnp.sum(wk_BTHK, axis=1), m_BH)
+  k, v, dtype = k.astype(wide), v.astype(wide), v.dtype
+  n_BHK = jnp.sum(w_BTH[..., None] * k, axis=1)
+  return Update(decay_BH, write(w_BTH, k, v, dtype), n_BHK, m_BH)
 
 
-def updated(state: State, update: Update) -> State:
-  """The state (of constant scale) after an update; its segment is untouched."""
+def updated(state: State, update: Update, dtype: DTypeLike) -> State:
+  """The state (of constant scale) after an update; its segment is untouched.
+
+  `dtype` is that of the products which made the update.
+  """
   m_BH = larger(update.decay_BH + state.m_BH, update.m_BH)
-  keep_BH = jnp.exp(update.decay_BH + constant(state.m_BH - m_BH))
-  add_BH = jnp.exp(constant(update.m_BH - m_BH))
+  keep_BH = jnp.exp(update.decay_BH + constant(state.m_BH - m_BH, dtype))
+  add_BH = jnp.exp(constant(update.m_BH - m_BH, dtype))
   return State(
     keep_BH[..., None, None] * state.C_BHKV
     + add_BH[..., None, None] * update.C_BHKV,
@@ -134,10 +138,67 @@ def updated(state: State, update: Update) -> State:
   )
 
 
-def composed(first: Update, second: Update) -> Update:
+# Where few tokens rule the memory, C^T q and n^T q cancel together, and so do
+# their gradients. n is not rounded, so C is multiplied in two parts: rounded to
+# bfloat16, what it loses would be all of h where n^T q is small.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def read(
+  scale_BTH: Float[Array, "B T H"],
+  x_BTHK: Float[Array, "B T H K"],
+  state_BHKV: Float[Array, "B H K V"],
+  dtype: DTypeLike,
+) -> Float[Array, "B T H V"]:
+  """scale x^T state, for tokens x in `dtype` and a wide state."""
+  product_BTHV = multiplied(
+    "BTHK,BHKV->BTHV", x_BTHK, state_BHKV, dtype, parts=(1, 2)
+  )
+  return scale_BTH[..., None] * product_BTHV
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def write(
+  scale_BTH: Float[Array, "B T H"],
+  x_BTHK: Float[Array, "B T H K"],
+  y_BTHV: Float[Array, "B T H V"],
+  dtype: DTypeLike,
+) -> Float[Array, "B H K V"]:
+  """The sum of scale x y^T over tokens x and y in `dtype`."""
+  scaled_BTHK = scale_BTH[..., None] * x_BTHK
+  return multiplied("BTHK,BTHV->BHKV", scaled_BTHK, y_BTHV, dtype, parts=(2, 1))
+
+
+def _read_backward(dtype, kept, dz_BTHV):
+  scale_BTH, x_BTHK, state_BHKV = kept
+  unscaled_BTHK = read(jnp.ones_like(scale_BTH), dz_BTHV, state_BHKV.mT, dtype)
+  return (
+    jnp.sum(x_BTHK * unscaled_BTHK, axis=-1),
+    scale_BTH[..., None] * unscaled_BTHK,
+    write(scale_BTH, x_BTHK, dz_BTHV, dtype),
+  )
+
+
+def _write_backward(dtype, kept, dstate_BHKV):
+  scale_BTH, x_BTHK, y_BTHV = kept
+  unscaled_BTHK = read(jnp.ones_like(scale_BTH), y_BTHV, dstate_BHKV.mT, dtype)
+  return (
+    jnp.sum(x_BTHK * unscaled_BTHK, axis=-1),
+    scale_BTH[..., None] * unscaled_BTHK,
+    read(scale_BTH, x_BTHK, dstate_BHKV, dtype),
+  )
+
+
+read.defvjp(lambda *args: (read(*args), args[:3]), _read_backward)
+write.defvjp(lambda *args: (write(*args), args[:3]), _write_backward)
+
+
+def composed(first: Update, second: Update, dtype: DTypeLike) -> Update:
   """What `first` and then `second` do to a state: associative."""
   state = State(*first[1:], segment_B=jnp.zeros(()))
-  return Update(first.decay_BH + second.decay_BH, *updated(state, second)[:3])
+  return Update(
+    first.decay_BH + second.decay_BH, *updated(state, second, dtype)[:3]
+  )
 
 
 def parallel(
@@ -157,9 +218,10 @@ def parallel(
   """`recurrent` with all pairs of tokens at once."""
   del chunk
   tokens = Tokens(q_BTHK, k_BTHK, v_BTHV, log_i_BTH, log_f_BTH, documents.id_BT)
-  state = with_constant_scale(state)
+  state = with_constant_scale(state, q_BTHK.dtype)
   h_BTHV = outputs(
     tokens, state, stabilize=stabilize, normalize=normalize, eps=eps
   )
   change = update(tokens, state.segment_B, stabilize=stabilize)
-  return h_BTHV, with_own_scale(updated(state, change))
+  last = updated(state, change, q_BTHK.dtype)
+  return h_BTHV, with_own_scale(last, q_BTHK.dtype)

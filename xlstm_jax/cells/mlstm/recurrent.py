@@ -39,13 +39,14 @@ def step(
   )
   n = forget[..., None] * n + write[..., None] * k
 
-  q *= (q.shape[-1] ** -0.5 * jnp.exp(m - reading_scale(m)))[..., None]
+  q *= (q.shape[-1] ** -0.5 * jnp.exp(m - reading_scale(m, m.dtype)))[..., None]
   h = readout(
     jnp.einsum("BHK,BHKV->BHV", q, C, precision="highest"),
     jnp.sum(q * n, axis=-1),
     m,
     normalize=normalize,
     eps=eps,
+    dtype=m.dtype,
   )
   return State(C, n, m, state.segment_B), h
 

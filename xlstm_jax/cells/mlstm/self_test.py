@@ -6,12 +6,15 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from xlstm_jax.cells import self_test
 from xlstm_jax.cells.mlstm.backends import BACKENDS, mlstm
-from xlstm_jax.cells.precision import rounded
+from xlstm_jax.cells.precision import accumulator, rounded
 
 DOCUMENTS = 3
+# Of the first token of the last document, which then rules its memory.
+LOUD = 12.0
 
 
 class Shape(NamedTuple):
@@ -74,7 +77,11 @@ def prepared(
 
 
 def _example(shape: Shape, dtype: str) -> dict[str, jax.Array]:
-  """Tokens of unit variance in several documents, with gates as in training."""
+  """Tokens of unit variance in several documents, with gates as in training.
+
+  In bfloat16 one token rules the memory of the last document: C^T q is small
+  there for some q, and n^T q with it. In float32 the truth would be no better.
+  """
   B, T, H, K, V = shape
   key = functools.partial(jax.random.fold_in, jax.random.key(0))
   sizes = {"q": (K,), "k": (K,), "v": (V,), "g": (V,), "i": (), "f": ()}
@@ -83,12 +90,22 @@ def _example(shape: Shape, dtype: str) -> dict[str, jax.Array]:
     for at, (name, size) in enumerate(sizes.items())
   }
   narrow = {n: rounded(drawn[n], dtype) for n in ("q", "k", "v", "g")}
-  return drawn | narrow | {"f": drawn["f"] + 4.0}
+  if dtype == accumulator(dtype):
+    return drawn | narrow | {"f": drawn["f"] + 4.0}
+  segments_T = _segments(T)
+  last_TH = jnp.broadcast_to((segments_T == DOCUMENTS)[:, None], (T, H))
+  i_BTH = drawn["i"].at[:, jnp.argmax(segments_T)].set(LOUD)
+  f_BTH = drawn["f"] + jnp.where(last_TH, 6.0, 4.0)
+  return drawn | narrow | {"i": i_BTH, "f": f_BTH}
+
+
+def _segments(time: int) -> Int[Array, "T"]:
+  return 1 + jnp.arange(time) * DOCUMENTS // time
 
 
 def _values_and_gradients(inputs, *, dtype, **options) -> dict[str, jax.Array]:
   B, T = inputs["i"].shape[:2]
-  segments_T = 1 + jnp.arange(T) * DOCUMENTS // T
+  segments_T = _segments(T)
   tokens = {name: inputs[name].astype(dtype) for name in ("q", "k", "v")}
   gates = {name: inputs[name] for name in ("i", "f")}
 

@@ -8,7 +8,7 @@ and then runs any form of the cell from the state that enters its stretch.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, DTypeLike, Int
 
 from xlstm_jax.cells.mlstm.parallel import Update, composed, updated
 from xlstm_jax.cells.mlstm.state import (
@@ -43,13 +43,16 @@ def segment_before(
   return jnp.where(last_B > 0, last_B, segment_B)
 
 
-def entering(own: Update, state: State, axis_name: str) -> State:
+def entering(
+  own: Update, state: State, axis_name: str, dtype: DTypeLike
+) -> State:
   """The state before this device's tokens.
 
   Args:
     own: what its tokens do to that state.
     state: before the row, the same on every device.
     axis_name: the mesh axis over which time is split.
+    dtype: of the tokens.
   """
   at = jax.lax.axis_index(axis_name)
 
@@ -61,9 +64,10 @@ def entering(own: Update, state: State, axis_name: str) -> State:
   own = own._replace(m_BH=jnp.maximum(own.m_BH, _NOTHING))
   past, reach = before(own, 1), 1
   while reach < jax.lax.axis_size(axis_name) - 1:
-    past = composed(before(past, reach), past)
+    past = composed(before(past, reach), past, dtype)
     reach *= 2
-  return with_own_scale(updated(with_constant_scale(state), past))
+  state = updated(with_constant_scale(state, dtype), past, dtype)
+  return with_own_scale(state, dtype)
 
 
 def leaving(state: State, axis_name: str) -> State:

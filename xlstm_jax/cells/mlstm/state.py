@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from xlstm_jax.cells.precision import accumulator, quotient
+
 
 class State(NamedTuple):
   """What an mLSTM keeps of its past: C and n are scaled by exp(-m).
@@ -43,28 +45,38 @@ def rescale(state: State, m_BH: Float[Array, "B H"]) -> State:
   )
 
 
-# h does not depend on the scale exp(-m), except through eps. So the parallel
-# forms treat the scale of C and n as a constant that happens to be exp(-m):
-# this spares them a gradient made of terms that cancel.
-constant = jax.lax.stop_gradient
+def constant(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
+  """A scale m, to autodiff a constant where products are rounded to `dtype`.
+
+  h does not depend on the scale exp(-m), except through eps: what flows back
+  through m adds up to nothing. Terms made of rounded products do not cancel, so
+  they are left out. Terms in the accumulator type are kept. Where an old memory
+  dominates, its weight is 1 whatever the forget gates are; with a constant m it
+  seems to depend on them, and another such term has to cancel that.
+  """
+  return x if dtype == accumulator(dtype) else jax.lax.stop_gradient(x)
 
 
-def with_constant_scale(state: State) -> State:
-  """The same numbers, the scale of C and n now being a constant."""
-  return rescale(state, constant(state.m_BH))._replace(m_BH=state.m_BH)
+def with_constant_scale(state: State, dtype: DTypeLike) -> State:
+  """The same numbers, the scale of C and n now being `constant`."""
+  m_BH = constant(state.m_BH, dtype)
+  return rescale(state, m_BH)._replace(m_BH=state.m_BH)
 
 
-def with_own_scale(state: State) -> State:
+def with_own_scale(state: State, dtype: DTypeLike) -> State:
   """The way back from `with_constant_scale`."""
-  return rescale(state._replace(m_BH=constant(state.m_BH)), state.m_BH)
+  m_BH = constant(state.m_BH, dtype)
+  return rescale(state._replace(m_BH=m_BH), state.m_BH)
 
 
-def reading_scale(m: Float[Array, "..."]) -> Float[Array, "..."]:
+def reading_scale(
+  m: Float[Array, "..."], dtype: DTypeLike
+) -> Float[Array, "..."]:
   """The g of the scale exp(-g) in which outputs are computed: max(m, 0).
 
   exp(-m) would overflow where m is very negative.
   """
-  return constant(jnp.maximum(m, 0))
+  return constant(jnp.maximum(m, 0), dtype)
 
 
 def readout(
@@ -74,13 +86,15 @@ def readout(
   *,
   normalize: bool,
   eps: float,
+  dtype: DTypeLike,
 ) -> Float[Array, "*tokens H V"]:
   """h from C^T q and n^T q, both scaled by exp(-g), g = `reading_scale(m)`.
 
   This is C^T q / (max(|n^T q|, exp(-m)) + eps), where C and n are scaled by
-  exp(-m), numerator and denominator times exp(m - g).
+  exp(-m), numerator and denominator times exp(m - g). The numerator is made by
+  products of operands in `dtype`.
   """
-  g_H = reading_scale(m_H)
+  g_H = reading_scale(m_H, dtype)
   if not normalize:
     return numerator_HV * jnp.exp(g_H)[..., None]
   size_H = jnp.abs(normalizer_H)
@@ -89,4 +103,4 @@ def readout(
   floor_H = jnp.maximum(jnp.exp(-g_H), smallest)
   size_H = jnp.where(size_H > floor_H, size_H, floor_H)
   denominator_H = size_H + eps * jnp.exp(m_H - g_H)
-  return numerator_HV / denominator_H[..., None]
+  return quotient(numerator_HV, denominator_H, dtype)
