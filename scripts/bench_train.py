@@ -58,6 +58,7 @@ from xlstm_jax.models import counts, presets
 from xlstm_jax.models.config import ModelConfig
 from xlstm_jax.models.language_model import Definition
 from xlstm_jax.sharding import MeshConfig
+from xlstm_jax.train import memory
 from xlstm_jax.train import state as states
 from xlstm_jax.train import step as steps
 
@@ -256,7 +257,7 @@ def _timed(
   tokens = cfg.batch_size * cfg.data.context / seconds
   kind = jax.devices()[0].device_kind
   peak = metrics.peak_flops(kind)
-  memory = jax.devices()[0].memory_stats() or {}
+  stats = jax.devices()[0].memory_stats() or {}
   result = {
     "device": kind,
     "devices": devices,
@@ -265,7 +266,7 @@ def _timed(
     "spread": (max(rounds[1:]) - min(rounds[1:])) / seconds,
     "tokens_per_second": tokens,
     "compile_seconds": compile_seconds,
-    "planned_gib": taken(step) / 2**30,
+    "planned_gib": memory.taken(step) / 2**30,
     "loss": loss,
   }
   if peak is not None:
@@ -273,19 +274,11 @@ def _timed(
     flops = counts.train_flops_per_token(cfg.model, cfg.data.context)
     result["mfu"] = share * flops
     result["mfu_6n"] = share * 6 * counts.parameters(cfg.model)
-  if "peak_bytes_in_use" in memory:
-    result["peak_gib"] = memory["peak_bytes_in_use"] / 2**30
+  if "peak_bytes_in_use" in stats:
+    result["peak_gib"] = stats["peak_bytes_in_use"] / 2**30
   if profile:
     result["profile"] = _profile(step, state, placed)
   return result
-
-
-def taken(compiled: Any) -> int:
-  """Bytes of a device while a program runs, with its arguments and results."""
-  used = compiled.memory_analysis()
-  stored = used.argument_size_in_bytes + used.output_size_in_bytes
-  stored -= used.alias_size_in_bytes  # results in place of arguments
-  return stored + used.temp_size_in_bytes + used.generated_code_size_in_bytes
 
 
 def _profile(step, state, placed) -> dict[str, float]:
@@ -393,8 +386,8 @@ def _speed(result: dict[str, Any]) -> str:
 
 
 def _peak(result: dict[str, Any]) -> str:
-  memory = result.get("peak_gib")
-  return f"{'-' if memory is None else f'{memory:.1f}':>6}"
+  peak = result.get("peak_gib")
+  return f"{'-' if peak is None else f'{peak:.1f}':>6}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -66,7 +66,7 @@ def model_logits(
     if cfg.post_norm:
       y_BTD = norm(y_BTD, w, "mixer_post_norm", cfg.norm)
     x_BTD = x_BTD + y_BTD
-    if kind != "mlstm":
+    if kind == "mlstm_large" or (kind == "slstm" and cfg.slstm.feedforward):
       u_BTD = norm(x_BTD, w, "feedforward_norm", cfg.norm)
       y_BTD = our_feedforward(u_BTD, w["feedforward"], cfg)
       if cfg.post_norm:
@@ -281,6 +281,8 @@ def slstm_block(x_BTD, block, config):
     scale = 1 + w["group_norm.weight"]
   x_BTD = x_BTD + head_norm(y_BTD, scale, H, 1e-5)
   ffn = config["feedforward"]
+  if ffn is None:
+    return x_BTD
   u_BTD = layer_norm(x_BTD, 1 + block["ffn_norm.weight"], 1e-5)
   gate_BTF, up_BTF = np.split(linear(u_BTD, block, "ffn.proj_up"), 2, axis=-1)
   h_BTF = ACTIVATIONS[ffn["act_fn"]](gate_BTF) * up_BTF

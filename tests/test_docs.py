@@ -37,10 +37,11 @@ def test_every_command_stands_in_the_readme():
     assert re.search(rf"python -m {name}\s", readme), name
 
 
-def test_the_page_and_the_module_give_the_same_lines_to_save_a_state_dict():
+def test_the_page_and_the_module_give_the_same_lines_for_pytorch():
   page = (ROOT / "docs" / "interop.md").read_text()
   lines = re.findall(r"^    .*$", paper.__doc__ or "", re.MULTILINE)
-  assert len(lines) == 3
-  to_save, to_import = lines[:2], lines[2]
+  assert len(lines) == 7
+  to_save, commands, to_load = lines[:2], lines[2:4], lines[4:]
   assert "\n".join(to_save) in page
-  assert to_import in page
+  assert "\n".join(commands) in page
+  assert "\n".join(to_load) in page

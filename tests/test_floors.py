@@ -11,7 +11,7 @@ PACKAGE = ROOT / "xlstm_jax"
 FLOORS = (
   ("machine",),
   ("errors",),
-  ("sharding", "checksums", "paths"),
+  ("sharding", "checksums", "paths", "ranges"),
   ("cells",),
   ("layers",),
   ("mixers",),

@@ -49,8 +49,7 @@ def load(workdir: epath.PathLike, *, step: str, mesh: Mesh) -> Trained:
   workdir = epath.Path(workdir).expanduser()
   cfg = config.load(workdir)
   use_compilation_cache(cfg)
-  compute = dataclasses.replace(cfg.compute, mlstm_backend="auto")
-  definition = Definition(cfg.model, compute)
+  definition = Definition(cfg.model, cfg.compute.on_any_device())
   folder = workdir / "checkpoints"
   if not folder.exists():
     raise _no_checkpoint(workdir)

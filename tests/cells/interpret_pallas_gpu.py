@@ -10,6 +10,7 @@ A program of its own, for XLA's CPU client needs more threads than a small
 machine has cores: those of a kernel wait for each other inside callbacks.
 """
 
+import dataclasses
 import functools
 import os
 import sys
@@ -66,9 +67,13 @@ def main(
   input_gate: str,
   gates: list[str],
 ):
-  pallas_gpu.device_refusal = lambda: None
-  backends.KERNELS["pallas_gpu"] = functools.partial(
-    pallas_gpu.pallas_gpu, interpret=plgpu.InterpretGPUParams()
+  forms = backends.BACKENDS.backends
+  forms["pallas_gpu"] = dataclasses.replace(
+    forms["pallas_gpu"],
+    run=functools.partial(
+      pallas_gpu.pallas_gpu, interpret=plgpu.InterpretGPUParams()
+    ),
+    why_not=lambda device, shapes: None,
   )
   if "MUTATION" in os.environ:
     mutate(os.environ["MUTATION"])

@@ -1,8 +1,10 @@
 """State, documents and choices of the mLSTM, whatever form computes it."""
 
+import dataclasses
 import functools
 import inspect
 import logging
+import types
 
 import compiled
 import jax
@@ -10,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlstm_jax.cells.mlstm import BACKENDS, State, mlstm, mlstm_step
-from xlstm_jax.cells.mlstm import backends as dispatch
+from xlstm_jax.cells import backends
+from xlstm_jax.cells.mlstm import BACKENDS, Shapes, State, mlstm, mlstm_step
 from xlstm_jax.cells.mlstm.chunkwise import default_chunk
 from xlstm_jax.errors import UserError
 
@@ -320,15 +322,17 @@ def test_the_choice_is_logged_once(caplog, monkeypatch):
 
     return spied
 
-  names = list(BACKENDS)
+  names = [n for n, form in BACKENDS.backends.items() if not form.is_kernel]
   for name in names:
-    monkeypatch.setitem(BACKENDS, name, spy(name, BACKENDS[name]))
+    form = BACKENDS.backends[name]
+    spied = dataclasses.replace(form, run=spy(name, form.run))
+    monkeypatch.setitem(BACKENDS.backends, name, spied)
 
   def trace(time, backend="auto"):
     x = tokens(1, time)
     jax.eval_shape(functools.partial(apply, form=(backend, None)), x)
 
-  dispatch._announce.cache_clear()
+  backends._announce.cache_clear()
   with caplog.at_level(logging.INFO):
     trace(9)
     trace(9)
@@ -342,27 +346,26 @@ def test_the_choice_is_logged_once(caplog, monkeypatch):
   assert ran[-1] == "recurrent"
 
 
-TAKEN = {"dtype": "bfloat16", "key_dim": 64, "value_dim": 128}
+TAKEN = Shapes(B=1, T=128, H=2, K=64, V=128, dtype="bfloat16")
+
+
+def chosen(name="auto", **changes):
+  return BACKENDS.choose(name, TAKEN._replace(**changes)).name
 
 
 def test_auto_names_the_kernel_where_it_runs(monkeypatch, caplog):
-  monkeypatch.setattr(dispatch, "device_refusal", lambda: None)
-  assert dispatch.choice("auto", 128, **TAKEN) == "pallas_gpu"
-  wide = TAKEN | {"key_dim": 512, "value_dim": 512}
-  assert dispatch.choice("auto", 128, **wide) == "pallas_gpu"
-  assert dispatch.choice("auto", 1, **TAKEN) == "recurrent"
-  assert dispatch.choice("parallel", 128, **TAKEN) == "parallel"
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  dispatch._announce.cache_clear()
+  here = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+  monkeypatch.setattr(backends, "this_device", lambda: here)
+  assert chosen() == "pallas_gpu"
+  assert chosen(K=512, V=512) == "pallas_gpu"
+  assert chosen(T=1) == "recurrent"
+  assert chosen("parallel") == "parallel"
+  backends._announce.cache_clear()
   with caplog.at_level(logging.INFO):
     for _ in range(2):
-      assert dispatch.choice("auto", 127, **TAKEN) == "chunkwise"
-      for other in (
-        {"dtype": "float32"},
-        {"value_dim": 1344},
-        {"chunk": 48},
-      ):
-        assert dispatch.choice("auto", 512, **TAKEN | other) == "chunkwise"
+      assert chosen(T=127) == "chunkwise"
+      for other in ({"dtype": "float32"}, {"V": 1344}, {"chunk": 48}):
+        assert chosen(T=512, **other) == "chunkwise"
   start = "mLSTM backend on gpu: chunkwise, not pallas_gpu: "
   reasons = [record.message.removeprefix(start) for record in caplog.records]
   assert reasons == [

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from xlstm_jax.cells.mlstm import backends, parallel, self_test
+from xlstm_jax.cells.backends import Backend
+from xlstm_jax.cells.mlstm import BACKENDS, parallel, self_test
 from xlstm_jax.cells.mlstm.chunkwise import chunkwise
 from xlstm_jax.cells.precision import multiplied
 from xlstm_jax.errors import UserError
@@ -29,9 +30,10 @@ def kernel(monkeypatch):
 
       return defect(run, q, k, v, i, f)
 
-    # What was compiled stays compiled: each defect has a name of its own.
-    monkeypatch.setitem(backends.KERNELS, defect.__name__, form)
-    return defect.__name__
+    name = defect.__name__
+    kernel = Backend(name, form, platform="cpu")
+    monkeypatch.setitem(BACKENDS.backends, name, kernel)
+    return name
 
   return install
 

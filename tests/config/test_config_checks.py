@@ -1,5 +1,6 @@
 """Each cross-check refuses its mistake, and nothing else."""
 
+import dataclasses
 import typing
 
 import pytest
@@ -8,6 +9,8 @@ from xlstm_jax import config
 from xlstm_jax.config import RunConfig, checks, conversion
 from xlstm_jax.data.format import Counts, Manifest, SplitManifest, TokenizerSpec
 from xlstm_jax.errors import UserError
+from xlstm_jax.models.config import ModelConfig
+from xlstm_jax.ranges import range_of
 
 
 def manifest(train=100, heldout=100):
@@ -71,6 +74,21 @@ def test_a_configuration_that_fits_passes():
   )
 
 
+def test_a_feed_forward_that_no_block_has_may_have_any_size():
+  blocks = {"model__slstm_at": tuple(range(24)), "mesh__tensor": 2}
+  without = blocks | {"model__slstm__feedforward": False}
+  for odd in (
+    {"model__feedforward__round_to": 3},
+    {
+      "model__feedforward__factor": 1e-9,
+      "model__feedforward__rounding": "floor",
+    },
+  ):
+    config.validate(cfg(**without, **odd), manifest(), 8)
+    with pytest.raises(UserError, match="feedforward"):
+      config.validate(cfg(**blocks, **odd), manifest(), 8)
+
+
 def test_there_may_be_no_data_yet():
   config.validate(cfg(model__vocab_size=1), None, 8)
 
@@ -116,7 +134,8 @@ def test_there_may_be_no_data_yet():
     ),
     (
       {"mesh__sequence": 2, "model__slstm_at": (3, 20)},
-      r"mesh\.sequence is 2, but the blocks \[3, 20\] are sLSTM",
+      r"mesh\.sequence is 2, but the blocks \[3, 20\] are of kind slstm, .* "
+      "over devices for mlstm and mlstm_large blocks",
     ),
     (
       {"mesh__tensor": 8},
@@ -139,6 +158,11 @@ def test_there_may_be_no_data_yet():
       {"model__mlstm_block": "large", "model__feedforward__round_to": 3}
       | {"mesh__tensor": 2},
       r"has 999 hidden units; mesh\.tensor=2 .*round_to to a multiple of 2",
+    ),
+    (
+      {"model__slstm_at": (1,), "model__feedforward__round_to": 3}
+      | {"mesh__tensor": 2},
+      r"has 999 hidden units; mesh\.tensor=2 ",
     ),
     (
       {"model__mlstm__qkv_block": 512, "mesh__tensor": 2},
@@ -228,31 +252,18 @@ def test_all_mistakes_are_told_at_once():
 
 
 def test_every_key_with_a_range_exists():
-  named = {*checks._AT_LEAST, *checks._NOT_NEGATIVE, *checks._ABOVE_0}
-  assert named | {*checks._DROPOUT} <= set(conversion.keys(RunConfig))
+  assert set(checks._AT_LEAST) <= set(conversion.keys(RunConfig))
 
 
 def test_every_number_of_the_model_has_a_range():
-  named = {*checks._AT_LEAST, *checks._NOT_NEGATIVE, *checks._ABOVE_0}
-  named |= {*checks._DROPOUT}
   # In ModelConfig itself, so that it holds for imported models too.
-  named |= {f"model.{name}" for name in ("vocab_size", "width", "num_blocks")}
+  checked = {"vocab_size", "width", "num_blocks", "slstm_at"}
   # Any number is a bias.
-  named |= {
-    f"model.{mixer}.input_gate_bias" for mixer in ("mlstm", "mlstm_large")
-  }
-  numbers = {
-    key
-    for key in conversion.keys(RunConfig)
-    if key.startswith("model.")
-    and {int, float} & {*typing.get_args(hint_of(key)), hint_of(key)}
-    and key != "model.slstm_at"
-  }
-  assert numbers <= named
-
-
-def hint_of(key):
-  hint = RunConfig
-  for name in key.split("."):
-    hint = conversion.hints(hint)[name]
-  return hint
+  checked |= {"input_gate_bias"}
+  for cls in (ModelConfig, *map(type, vars(ModelConfig()).values())):
+    if not dataclasses.is_dataclass(cls):
+      continue
+    for field in dataclasses.fields(cls):
+      hint = conversion.hints(cls)[field.name]
+      if {int, float} & {*typing.get_args(hint), hint}:
+        assert field.name in checked or range_of(field), field

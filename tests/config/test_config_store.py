@@ -1,10 +1,14 @@
 """The configuration in a workdir."""
 
+import dataclasses
+import json
+
 import pytest
 
 from xlstm_jax import config
 from xlstm_jax.config import RunConfig
 from xlstm_jax.errors import UserError
+from xlstm_jax.models import presets
 from xlstm_jax.optim import OptimConfig
 
 CFG = RunConfig(
@@ -44,6 +48,17 @@ def test_a_damaged_file_is_explained(tmp_path, content, message):
 def test_keys_that_came_later_have_their_defaults(tmp_path):
   (tmp_path / "config.json").write_text('{"steps": 7}')
   assert config.load(tmp_path) == RunConfig(steps=7)
+
+
+def test_a_run_of_before_these_keys_is_the_same_run(tmp_path):
+  cfg = RunConfig(model=presets.paper("125M", "7:1"))
+  values = dataclasses.asdict(cfg)
+  del values["model"]["pattern"]
+  del values["model"]["slstm"]["feedforward"]
+  del values["compute"]["slstm_backend"]
+  del values["compute"]["lstm_backend"]
+  (tmp_path / "config.json").write_text(json.dumps(values))
+  assert config.load(tmp_path) == cfg
 
 
 def test_changes_are_listed_by_key():

@@ -236,6 +236,12 @@ LARGE = presets.large("165M")
   [
     (ModelConfig(slstm_at=(1, 3)), r"slstm_at is \(1, 3\).* no sLSTM blocks"),
     (ModelConfig(), "mlstm_block is 'paper'"),
+    (
+      dataclasses.replace(
+        LARGE, mlstm_block="paper", pattern=("mlstm_large", "slstm")
+      ),
+      r"pattern is \('mlstm_large', 'slstm'\)",
+    ),
     (dataclasses.replace(LARGE, out_norm=False), "out_norm is False"),
     (dataclasses.replace(LARGE, post_norm=True), "post_norm is True"),
     (
@@ -359,7 +365,6 @@ def test_rounding_down_gives_the_repositorys_size(width, factor, multiple):
     ),
     ("feedforward", {"act_fn": "tanh"}, "feedforward.act_fn is 'tanh'"),
     ("feedforward", {"ff_type": "ffn"}, "ff_type is 'ffn'"),
-    ("feedforward", None, "slstm_block.feedforward is null"),
     ("feedforward", "gated", "feedforward is 'gated'; it must be an object"),
   ],
 )

@@ -20,45 +20,36 @@ from flax import nnx
 from xlstm_jax import sharding
 from xlstm_jax.layers import conv
 from xlstm_jax.layers.compute import Compute
+from xlstm_jax.layers.initializers import Depth
 from xlstm_jax.layers.norm import NormConfig
-from xlstm_jax.mixers.mlstm import MLSTM, MLSTMConfig
-from xlstm_jax.mixers.mlstm_large import MLSTMLarge, MLSTMLargeConfig
-from xlstm_jax.mixers.slstm import SLSTM, SLSTMConfig
+from xlstm_jax.mixers.slstm import SLSTMConfig
+from xlstm_jax.models.kinds import KINDS, Mixers
 
 B, T, D = 4, 16, 16
 SHARED: dict[str, Any] = {
-  "num_blocks": 2,
+  "depth": Depth(0, 2),
   "head_norm": NormConfig(),
   "dropout": 0.0,
 }
-MIXERS: dict[str, Callable[[Compute, nnx.Rngs], nnx.Module]] = {
-  "mlstm": lambda compute, rngs: MLSTM(
-    MLSTMConfig(num_heads=2, round_to=8),
-    D,
-    compute=compute,
-    rngs=rngs,
-    **SHARED,
-  ),
-  "mlstm_large": lambda compute, rngs: MLSTMLarge(
-    MLSTMLargeConfig(num_heads=2), D, compute=compute, rngs=rngs, **SHARED
-  ),
-  "slstm": lambda compute, rngs: SLSTM(
-    SLSTMConfig(num_heads=2),
-    D,
-    block_index=0,
-    compute=compute,
-    rngs=rngs,
-    **SHARED,
-  ),
-  "lstm": lambda compute, rngs: SLSTM(
-    SLSTMConfig(cell="lstm", num_heads=2),
-    D,
-    block_index=0,
-    compute=compute,
-    rngs=rngs,
-    **SHARED,
-  ),
-}
+
+
+def small(cfg):
+  """A mixer's configuration for a width of D."""
+  sizes = {"num_heads": 2, "round_to": 8}
+  return dataclasses.replace(
+    cfg, **{name: n for name, n in sizes.items() if hasattr(cfg, name)}
+  )
+
+
+# Of every kind of block, and variants of a kind's mixer.
+CONFIGS = {kind: (kind, small(getattr(Mixers(), kind))) for kind in KINDS}
+CONFIGS["lstm"] = ("slstm", SLSTMConfig(cell="lstm", num_heads=2))
+
+
+def build(name: str, compute: Compute, rngs: nnx.Rngs) -> nnx.Module:
+  kind, cfg = CONFIGS[name]
+  return KINDS[kind].mixer(cfg, D, compute=compute, rngs=rngs, **SHARED)
+
 
 # Three documents and padding; one document; borders at both ends.
 SEGMENTS_BT = np.array(
@@ -106,7 +97,9 @@ class Subject:
     return other
 
   def extreme(self, shift: float = 0.0) -> "Subject":
-    """Its gate pre-activations are around `shift` +- 100."""
+    """Its gate pre-activations, if it has gates, are around `shift` +- 100."""
+    if "gates" not in self.params:
+      return self
     gates = self.params["gates"]
     if "map" in gates:
       weight = 100 * gates["map"]["weight"]
@@ -125,7 +118,7 @@ def subject(kind: str, dtype: str = "float64") -> Subject:
   compute = Compute(dtype=dtype, param_dtype=param_dtype)
 
   def create():
-    return nnx.split(MIXERS[kind](compute, nnx.Rngs(0)))
+    return nnx.split(build(kind, compute, nnx.Rngs(0)))
 
   graph, abstract = jax.eval_shape(create)
   rng = np.random.default_rng(1)
@@ -172,7 +165,7 @@ def float64():
     yield
 
 
-kinds = pytest.mark.parametrize("kind", MIXERS)
+kinds = pytest.mark.parametrize("kind", CONFIGS)
 
 
 def check_steps(mixer: Subject):
@@ -319,7 +312,8 @@ def test_gradients_are_finite_at_saturated_gates(kind, dtype):
   check_finite(subject(kind, dtype))
 
 
-# Relative L2 error of the outputs: twice what was measured.
+# Relative L2 error of the outputs: twice what was measured. Others may lose as
+# much as the worst of these.
 BF16_BOUND = {
   "mlstm": 0.019,
   "mlstm_large": 0.012,
@@ -337,7 +331,7 @@ def check_bfloat16(mixer: Subject):
   assert {x.dtype.name for x in cell} == {"float32", "int32"}
   error = jnp.linalg.norm(real(y_BTD) - real(truth_BTD))
   error = error / jnp.linalg.norm(real(truth_BTD))
-  assert error < BF16_BOUND[mixer.kind]
+  assert error < BF16_BOUND.get(mixer.kind, max(BF16_BOUND.values()))
 
 
 @kinds

@@ -73,6 +73,21 @@ def test_flops_agree_with_the_published_figures(cfg, chunkwise, parallel):
     assert giga == pytest.approx(parallel, abs=2e-3)
 
 
+def test_slstm_blocks_are_counted_as_they_are():
+  blocks = presets.paper("125M", "7:1")
+  slstm = dataclasses.replace(blocks.slstm, feedforward=False)
+  without = dataclasses.replace(blocks, slstm=slstm)
+  d, hidden, slstm_blocks = 768, 1024, 2
+  assert blocks.feedforward.hidden(d) == hidden
+  fewer = counts.parameters(blocks) - counts.parameters(without)
+  # Three matrices and a norm's scale.
+  assert fewer == slstm_blocks * (3 * d * hidden + d)
+  fewer = counts.train_flops_per_token(
+    blocks, 2048
+  ) - counts.train_flops_per_token(without, 2048)
+  assert fewer == 3 * slstm_blocks * 6 * d * hidden
+
+
 def test_unknown_sizes_and_ratios_are_named():
   with pytest.raises(UserError, match="'3B'"):
     presets.large("3B")

@@ -42,7 +42,9 @@ MODELS = {
     mlstm=MLSTMConfig(
       num_heads=2, round_to=8, conv_window=0, input_gate="sigmoid"
     ),
-    slstm=SLSTMConfig(cell="lstm", num_heads=2, conv_window=0),
+    slstm=SLSTMConfig(
+      cell="lstm", num_heads=2, conv_window=0, feedforward=False
+    ),
   ),
   "no normaliser, windows of 1": ModelConfig(
     vocab_size=Z,

@@ -37,6 +37,7 @@ OPTIONS = {
     "vocab_size": (11,),
     "mlstm_block": ("paper", "large"),
     "slstm_at": ((), (1,), (0, 2)),
+    "pattern": ((),),
     "out_norm": (True, False),
     "out_norm_bias": (True, False),
     "post_norm": (False, True),
@@ -60,6 +61,7 @@ OPTIONS = {
     "num_heads": (1, 2, 4),
     "conv_window": (0, 1, 4),
     "head_norm_scale": (True, False),
+    "feedforward": (True, False),
   },
   "feedforward": {
     "factor": (1.3, 2.67),
@@ -143,11 +145,12 @@ def test_options_in_combination(seed):
 @pytest.mark.parametrize("option", ["normalize", "eps"])
 def test_an_option_without_effect_is_noticed(option, monkeypatch):
   """The cell ignores it, whatever the configuration says."""
-  default = getattr(ModelConfig().memory, option)
+  default = getattr(ModelConfig().mlstm, option)
 
   def ignores(seed):
     cfg = configuration(seed)
-    return len(cfg.slstm_at) < 3 and getattr(cfg.memory, option) != default
+    mixers = [mixer for _, mixer in cfg.kinds_used.values()]
+    return any(getattr(mixer, option, default) != default for mixer in mixers)
 
   def cell(*args, run=memory.mlstm.mlstm, **options):
     return run(*args, **options | {option: default})

@@ -50,7 +50,7 @@ def test_a_plan_is_of_the_step_that_trains(found):
   assert 2 * held <= found.optimizer_bytes <= 2 * held + 8
   assert found.batch_bytes == 3 * 4 * 16
   assert found.mesh == {"data": 2, "fsdp": 4, "tensor": 1, "sequence": 1}
-  assert found.mlstm == "chunkwise"
+  assert found.backends == {"mLSTM": "chunkwise", "sLSTM": "recurrent"}
   assert found.fits
   assert found.collectives["all-gather"].times > 0
   stored = held + found.optimizer_bytes + found.batch_bytes
@@ -155,7 +155,9 @@ TEMPLATE = program.Plan(
   context=16,
   accumulation=1,
   remat="none",
-  mlstm="chunkwise",
+  backends={"mLSTM": "chunkwise", "sLSTM": "recurrent"},
+  kernels=(),
+  without_kernel=("sLSTM",),
   parameters=1,
   flops_per_token=1.0,
   seconds_at_peak=None,
@@ -290,6 +292,7 @@ def test_the_page_says_what_was_found():
     "model        1,234,567 parameters",
     "batch        8 rows of 16 tokens in 1 parts, remat none",
     "mLSTM        chunkwise (native form)",
+    "sLSTM        recurrent (native form; there is no GPU kernel yet)",
     "FLOPs        1.5e+09 a token, without recomputation; a step takes 0.25 s "
     "at the peak of all",
     "compiled in  1m33s",
@@ -312,15 +315,26 @@ def test_the_page_says_what_was_found():
 
 
 @pytest.mark.parametrize(
-  ("platform", "backend", "form"),
+  ("platform", "backend", "kernels", "without", "form"),
   [
-    ("tpu", "chunkwise", "chunkwise (native form; there is no TPU kernel yet)"),
-    ("gpu", "pallas_gpu", "pallas_gpu (kernel)"),
-    ("gpu", "parallel", "parallel (native form)"),
+    (
+      *("tpu", "chunkwise", (), ("mLSTM",)),
+      "chunkwise (native form; there is no TPU kernel yet)",
+    ),
+    ("gpu", "pallas_gpu", ("mLSTM",), (), "pallas_gpu (kernel)"),
+    ("gpu", "parallel", (), (), "parallel (native form)"),
   ],
 )
-def test_the_page_says_which_form_computes_the_cells(platform, backend, form):
-  found = dataclasses.replace(TEMPLATE, platform=platform, mlstm=backend)
+def test_the_page_says_which_form_computes_the_cells(
+  platform, backend, kernels, without, form
+):
+  found = dataclasses.replace(
+    TEMPLATE,
+    platform=platform,
+    backends={"mLSTM": backend},
+    kernels=kernels,
+    without_kernel=without,
+  )
   lines = command.describe(found).splitlines()
   assert f"mLSTM        {form}" in lines
   # Libtpu leaves what it leaves: there is no share to change.

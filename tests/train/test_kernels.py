@@ -10,8 +10,11 @@ import small_run
 from etils import epath
 
 from xlstm_jax import sharding
-from xlstm_jax.cells.mlstm import KERNELS, backends, self_test
+from xlstm_jax.cells import mlstm, recurrence, recurrent_self_test, slstm
+from xlstm_jax.cells.backends import Backend
+from xlstm_jax.cells.mlstm import self_test
 from xlstm_jax.cells.mlstm.chunkwise import chunkwise
+from xlstm_jax.cells.slstm.recurrent import cell
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data.pipeline import DataConfig
 from xlstm_jax.errors import UserError
@@ -60,6 +63,21 @@ class Step:
     return "compiled"
 
 
+def install(monkeypatch, registry, name, **changes):
+  """Changes a backend, or adds one with these attributes before the others."""
+  found = registry.backends
+  if name in found:
+    changed = dataclasses.replace(found[name], **changes)
+    monkeypatch.setitem(found, name, changed)
+  else:
+    added = {name: Backend(name, **changes)} | found
+    monkeypatch.setattr(registry, "backends", added)
+
+
+def can(device, shapes):
+  return None
+
+
 @pytest.fixture
 def tested(monkeypatch):
   """What comparisons were prepared, and how often they ran."""
@@ -71,6 +89,7 @@ def tested(monkeypatch):
 
   monkeypatch.setattr(steps, "compiled", lambda *_: Step())
   monkeypatch.setattr(self_test, "prepared", prepared)
+  monkeypatch.setattr(recurrent_self_test, "prepared", prepared)
   return found
 
 
@@ -80,7 +99,8 @@ def checked_step(cfg):
     return kernels.checked_step(this)
 
 
-def test_the_kernel_is_tested_as_it_will_run(tested, capsys):
+def test_the_kernel_is_tested_as_it_will_run(tested, monkeypatch, capsys):
+  install(monkeypatch, mlstm.BACKENDS, "pallas_gpu", why_not=can)
   assert checked_step(CFG) == "compiled"
   assert tested == [
     (
@@ -102,15 +122,34 @@ def test_what_auto_chooses_is_tested(tested, monkeypatch):
   chosen = dataclasses.replace(CFG, compute=Compute())
   assert checked_step(chosen) == "compiled"
   assert not tested
-  monkeypatch.setattr(backends, "device_refusal", lambda: None)
+  install(monkeypatch, mlstm.BACKENDS, "pallas_gpu", why_not=can)
   checked_step(chosen)
   assert tested[0][0][0] == "pallas_gpu"
+
+
+def test_the_kernels_of_all_cells_are_tested(tested, monkeypatch, capsys):
+  install(monkeypatch, mlstm.BACKENDS, "pallas_gpu", why_not=can)
+  install(monkeypatch, slstm.BACKENDS, "fast", run=cell, platform="cpu")
+  both = dataclasses.replace(CFG.model, slstm_at=(1, 3))
+  checked_step(dataclasses.replace(CFG, model=both))
+  # The sLSTM has 4 heads of 1024 units, 2 of them on each device.
+  shapes = recurrence.Shapes(4, 8192, 2, 1024, "float32", "bfloat16")
+  # One may be compared while the next is prepared.
+  assert tested.count("compared") == 2
+  assert [call[0] for call in tested if call != "compared"] == [
+    ("pallas_gpu", (4, 8192, 4, 256, 512)),
+    (slstm.slstm, slstm.BACKENDS, "fast", shapes),
+  ]
+  told = capsys.readouterr().out
+  for name in ("mLSTM backend pallas_gpu", "sLSTM backend fast"):
+    assert f"kernels   {name} agrees with the native form" in told
 
 
 def test_where_auto_leaves_the_kernel_out_the_run_says_why(
   tested, monkeypatch, capsys
 ):
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  # As on a GPU, whose platform the kernel is written for.
+  install(monkeypatch, mlstm.BACKENDS, "pallas_gpu", platform="cpu")
   checked_step(dataclasses.replace(CFG, compute=Compute()))
   told = capsys.readouterr().out
   assert told.startswith("kernels   native mLSTM, not pallas_gpu: it needs a ")
@@ -130,7 +169,6 @@ def test_the_native_form_and_models_without_it_are_not_tested(tested):
 
 
 def test_a_kernel_that_cannot_run_here_stops_the_run():
-  assert "pallas_gpu" in KERNELS
   small = dataclasses.replace(CFG, model=presets.large("165M"), batch_size=16)
   small = dataclasses.replace(small, data=DataConfig(context=64))
   with pytest.raises(UserError, match="pallas_gpu' cannot run"):
@@ -139,7 +177,7 @@ def test_a_kernel_that_cannot_run_here_stops_the_run():
 
 @pytest.fixture
 def short_run(tmp_path):
-  """A run of two steps with a kernel of that name."""
+  """A run of two steps with an mLSTM backend of that name."""
   prepared = small_run.prepared(tmp_path, "data", "--tokenizer=byte")
   model = ModelConfig(
     vocab_size=257,
@@ -159,7 +197,7 @@ def short_run(tmp_path):
 def test_a_run_with_a_sound_kernel_trains_and_continues(
   short_run, tmp_path, monkeypatch, capsys
 ):
-  monkeypatch.setitem(KERNELS, "sound", chunkwise)
+  install(monkeypatch, mlstm.BACKENDS, "sound", run=chunkwise, platform="cpu")
   losses = []
   for backend, told in (("sound", 2), ("chunkwise", 0)):
     workdir = tmp_path / backend
@@ -180,6 +218,7 @@ def test_the_memory_of_the_step_is_checked(tested, monkeypatch, backend):
     raise UserError("The step does not fit.")
 
   monkeypatch.setattr(memory, "check", check)
+  install(monkeypatch, mlstm.BACKENDS, "pallas_gpu", why_not=can)
   named = Compute(mlstm_backend=backend, mlstm_chunk=128)
   with pytest.raises(UserError, match="does not fit"):
     checked_step(dataclasses.replace(CFG, compute=named))
@@ -195,7 +234,7 @@ def test_a_run_with_a_wrong_kernel_stops_before_the_first_step(
     h, state = chunkwise(*args, **options)
     return 2 * h, state
 
-  monkeypatch.setitem(KERNELS, "doubled", doubled)
+  install(monkeypatch, mlstm.BACKENDS, "doubled", run=doubled, platform="cpu")
   with pytest.raises(UserError, match="'doubled' computes wrongly on cpu"):
     loop.train(short_run("doubled"), tmp_path / "run")
   assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -10,12 +10,14 @@ and the cell maps raw_t and the state, unit by unit, to the next state.
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from xlstm_jax.cells.documents import documents
+from xlstm_jax.cells.backends import Registry
+from xlstm_jax.cells.documents import Documents, documents
 from xlstm_jax.cells.precision import accumulator, product
 from xlstm_jax.cells.varying import alike
 
@@ -25,8 +27,29 @@ Units = tuple[Float[Array, "B H D"], ...]
 Cell = Callable[[Float[Array, "B G H D"], Units], Units]
 
 
+class Shapes(NamedTuple):
+  """What a device computes of such a recurrence.
+
+  Attributes:
+    B: Rows.
+    T: Tokens of a row.
+    H: Heads.
+    D: Units of a head.
+    dtype: Of the inputs' part of the gates.
+    matrix_dtype: Of R, and so of the operands of the product y R.
+  """
+
+  B: int
+  T: int
+  H: int
+  D: int
+  dtype: str
+  matrix_dtype: str
+
+
 def run(
-  cell: Cell,
+  registry: Registry,
+  backend: str,
   x_BTGHD: Float[Array, "B T G H D"],
   R_GHDE: Float[Array, "G H D D"],
   b_GHD: Float[Array, "G H D"],
@@ -40,26 +63,46 @@ def run(
   Matrix products have operands in the type of R, all else is in the
   accumulator type.
   """
+  B, T, _, H, D = x_BTGHD.shape
+  shapes = Shapes(B, T, H, D, str(x_BTGHD.dtype), str(R_GHDE.dtype))
+  form = registry.choose(backend, shapes)
   x_BTGHD, R_GHDE, b_GHD, segments_BT, units, segment_B = alike(
     x_BTGHD, R_GHDE, b_GHD, segments_BT, units, segment_B
   )
   wide = accumulator(jnp.promote_types(x_BTGHD.dtype, R_GHDE.dtype))
-  tokens = documents(segments_BT, segment_B, x_BTGHD.shape[1])
-  real_TBHD, start_TBHD = (
-    mask.T[..., None, None] for mask in (tokens.real_BT, tokens.start_BT)
+  tokens = documents(segments_BT, segment_B, T)
+  y_BTHD, units = form.run(
+    x_BTGHD,
+    R_GHDE,
+    b_GHD.astype(wide),
+    tokens,
+    tuple(unit.astype(wide) for unit in units),
   )
+  y_BTHD = jnp.where(tokens.real_BT[..., None, None], y_BTHD, 0)
+  return y_BTHD.astype(x_BTGHD.dtype), units, tokens.last_B
+
+
+def scan(
+  cell: Cell,
+  x_BTGHD: Float[Array, "B T G H D"],
+  R_GHDE: Float[Array, "G H D D"],
+  b_GHD: Float[Array, "G H D"],
+  tokens: Documents,
+  units: Units,
+) -> tuple[Float[Array, "B T H D"], Units]:
+  """The native form of such a recurrence: one token after the other.
+
+  Returns y of every token, of any value at padding, and the last units.
+  """
   states = _states(
     cell,
     jnp.moveaxis(x_BTGHD, 1, 0),
     R_GHDE,
-    b_GHD.astype(wide),
-    real_TBHD,
-    start_TBHD,
-    tuple(unit.astype(wide) for unit in units),
+    b_GHD,
+    *(mask.T[..., None, None] for mask in (tokens.real_BT, tokens.start_BT)),
+    units,
   )
-  y_TBHD = jnp.where(real_TBHD, states[0], 0)
-  y_BTHD = jnp.moveaxis(y_TBHD, 0, 1).astype(x_BTGHD.dtype)
-  return y_BTHD, tuple(unit[-1] for unit in states), tokens.last_B
+  return jnp.moveaxis(states[0], 0, 1), tuple(unit[-1] for unit in states)
 
 
 def _scan(step, first, tokens, *, reverse: bool = False):

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 
@@ -11,6 +12,9 @@ from xlstm_jax.config.conversion import value_of
 from xlstm_jax.config.run import RunConfig
 from xlstm_jax.data.format import Manifest
 from xlstm_jax.errors import UserError
+from xlstm_jax.models.config import ModelConfig
+from xlstm_jax.models.kinds import KINDS
+from xlstm_jax.ranges import range_of
 
 
 def validate(cfg: RunConfig, manifest: Manifest | None, devices: int) -> None:
@@ -30,7 +34,6 @@ def validate(cfg: RunConfig, manifest: Manifest | None, devices: int) -> None:
     *_optim_problems(cfg),
     *_limit_problems(cfg),
     # These divide by such numbers.
-    *(() if out_of_range else _channel_problems(cfg)),
     *(() if out_of_range else _mesh_problems(cfg, devices)),
     *_other_problems(cfg),
     *(_data_problems(cfg, manifest) if manifest is not None else ()),
@@ -62,33 +65,7 @@ _AT_LEAST = {
   "optim.warmup_steps": 0,
   "optim.cooldown_steps": 0,
   "compute.mlstm_chunk": 1,
-  "model.feedforward.round_to": 1,
-  "model.mlstm.num_heads": 1,
-  "model.mlstm.round_to": 1,
-  "model.mlstm.conv_window": 0,
-  "model.mlstm.qkv_block": 0,
-  "model.mlstm_large.num_heads": 1,
-  "model.slstm.num_heads": 1,
-  "model.slstm.conv_window": 0,
 }
-# What is added to a denominator.
-_NOT_NEGATIVE = (
-  "model.norm.eps",
-  "model.head_norm.eps",
-  "model.mlstm.eps",
-  "model.mlstm_large.eps",
-)
-# Sizes relative to others, and caps.
-_ABOVE_0 = (
-  "model.logit_cap",
-  "model.feedforward.factor",
-  "model.mlstm.factor",
-  "model.mlstm.gate_cap",
-  "model.mlstm_large.qk_factor",
-  "model.mlstm_large.v_factor",
-  "model.mlstm_large.gate_cap",
-)
-_DROPOUT = ("model.dropout", "model.feedforward.dropout")
 
 
 def _range_problems(cfg: RunConfig) -> Iterator[str]:
@@ -96,37 +73,19 @@ def _range_problems(cfg: RunConfig) -> Iterator[str]:
     value = value_of(cfg, key)
     if value is not None and value < least:
       yield f"config.{key} is {value}; it must be at least {least}."
-  for keys, good, expected in (
-    (_NOT_NEGATIVE, lambda x: x >= 0, "at least 0"),
-    (_ABOVE_0, lambda x: x > 0, "above 0"),
-    (_DROPOUT, lambda x: 0 <= x < 1, "at least 0 and below 1"),
-    (("seed",), lambda x: 0 <= x < 2**63, "at least 0 and below 2^63"),
-  ):
-    for key in keys:
-      value = value_of(cfg, key)
-      if value is not None and not good(value):
-        yield f"config.{key} is {value}; it must be {expected}."
+  if not 0 <= cfg.seed < 2**63:
+    yield f"config.seed is {cfg.seed}; it must be at least 0 and below 2^63."
+  yield from _field_problems(cfg, "config.")
 
 
-def _channel_problems(cfg: RunConfig) -> Iterator[str]:
-  """Factors so small that nothing is left of the width."""
-  width = cfg.model.width
-  if "mlstm_large" in cfg.model.kinds and not all(
-    cfg.model.mlstm_large.head_channels(width)
-  ):
-    large = cfg.model.mlstm_large
-    yield (
-      f"With config.model.width={width} and num_heads={large.num_heads} a head "
-      f"has no channel left of mlstm_large.qk_factor={large.qk_factor} or "
-      f"v_factor={large.v_factor}: raise the factor or the width."
-    )
-  if {"slstm", "mlstm_large"} & {*cfg.model.kinds} and not (
-    cfg.model.feedforward.hidden(width)
-  ):
-    yield (
-      f"With config.model.width={width} the feed-forward has no unit left of "
-      f"feedforward.factor={cfg.model.feedforward.factor}: raise either."
-    )
+def _field_problems(section: Any, prefix: str) -> Iterator[str]:
+  """The numbers outside the ranges that their fields state."""
+  for field in dataclasses.fields(section):
+    value, allowed = getattr(section, field.name), range_of(field)
+    if dataclasses.is_dataclass(value):
+      yield from _field_problems(value, f"{prefix}{field.name}.")
+    elif allowed is not None and value is not None and value not in allowed:
+      yield f"{prefix}{field.name} is {value}; it must be {allowed}."
 
 
 def _optim_problems(cfg: RunConfig) -> Iterator[str]:
@@ -182,8 +141,9 @@ def _mesh_problems(cfg: RunConfig, devices: int) -> Iterator[str]:
       f"multiple of {unit}, such as {_multiple(cfg.batch_size, unit)}."
     )
   yield from _width_problems(cfg, sizes["data"], sizes["fsdp"])
-  yield from _head_problems(cfg, sizes["tensor"])
-  yield from _unit_problems(cfg, sizes["tensor"])
+  yield from _kind_problems(cfg.model, sizes["tensor"])
+  yield from _head_problems(cfg.model, sizes["tensor"])
+  yield from _feedforward_problems(cfg.model, sizes["tensor"])
   if sizes["sequence"] > 1:
     yield from _time_problems(cfg, sizes["sequence"])
 
@@ -199,44 +159,38 @@ def _width_problems(cfg: RunConfig, data: int, fsdp: int) -> Iterator[str]:
     )
 
 
-def _head_problems(cfg: RunConfig, tensor: int) -> Iterator[str]:
-  heads = {
-    "mlstm": cfg.model.mlstm.num_heads,
-    "mlstm_large": cfg.model.mlstm_large.num_heads,
-    "slstm": cfg.model.slstm.num_heads,
-  }
-  for kind in sorted(set(cfg.model.kinds)):
-    if heads[kind] % tensor:
-      fitting = [n for n in range(1, heads[kind] + 1) if not heads[kind] % n]
+def _kind_problems(model: ModelConfig, tensor: int) -> Iterator[str]:
+  for row, cfg in model.kinds_used.values():
+    yield from row.problems(cfg, model.width, tensor=tensor)
+
+
+def _head_problems(model: ModelConfig, tensor: int) -> Iterator[str]:
+  for kind, (row, cfg) in model.kinds_used.items():
+    if row.heads is None:
+      continue
+    heads = getattr(cfg, row.heads)
+    if heads % tensor:
+      fitting = [n for n in range(1, heads + 1) if not heads % n]
       yield (
-        f"config.model.{kind}.num_heads is {heads[kind]}; "
-        f"mesh.tensor={tensor} cannot split that evenly, but "
-        f"{_listed(fitting)} could."
+        f"config.model.{kind}.{row.heads} is {heads}; mesh.tensor={tensor} "
+        f"cannot split that evenly, but {_listed(fitting)} could."
       )
 
 
-def _unit_problems(cfg: RunConfig, tensor: int) -> Iterator[str]:
-  """Of what a model's layers have besides heads.
-
-  A vocabulary may stay whole, as it is the tokenizer's.
-  """
-  kinds, width = set(cfg.model.kinds), cfg.model.width
-  hidden = cfg.model.feedforward.hidden(width)
-  if kinds != {"mlstm"} and hidden % tensor:
+def _feedforward_problems(model: ModelConfig, tensor: int) -> Iterator[str]:
+  if not any(map(model.has_feedforward, model.kinds_used)):
+    return
+  hidden = model.feedforward.hidden(model.width)
+  if not hidden:
+    yield (
+      f"With config.model.width={model.width} the feed-forward has no unit "
+      f"left of feedforward.factor={model.feedforward.factor}: raise either."
+    )
+  if hidden % tensor:
     yield (
       f"config.model.feedforward has {hidden} hidden units; "
       f"mesh.tensor={tensor} cannot split them evenly: set "
       f"model.feedforward.round_to to a multiple of {tensor}."
-    )
-  # Channels split where heads do; blocks of q, k and v are not of heads, and a
-  # single one is split by its outputs.
-  inner, block = cfg.model.mlstm.inner(width), cfg.model.mlstm.qkv_block
-  blocks = inner // block if block else 1
-  if "mlstm" in kinds and not inner % tensor and blocks > 1 and blocks % tensor:
-    yield (
-      f"config.model.mlstm.qkv_block is {block}; mesh.tensor={tensor} cannot "
-      f"split {blocks} blocks of the {inner} inner channels evenly: set "
-      f"mesh.tensor=1 or a qkv_block that divides {inner // tensor}."
     )
 
 
@@ -248,20 +202,27 @@ def _time_problems(cfg: RunConfig, devices: int) -> Iterator[str]:
       f"devices and needs a multiple of that, such as "
       f"{_multiple(context, devices)}."
     )
-  window = cfg.model.mlstm.conv_window if "mlstm" in cfg.model.kinds else 0
-  if context // devices < window - 1:
+  kinds = cfg.model.kinds_used
+  overlap = max(
+    (row.time_overlap(of) for row, of in kinds.values() if row.time_overlap),
+    default=0,
+  )
+  if context // devices < overlap:
     yield (
       f"config.data.context is {context}; split over mesh.sequence={devices} "
-      f"devices, each needs the {window - 1} tokens that the next one's "
-      f"convolution sees: a context of {devices * (window - 1)} or more fits."
+      f"devices, each needs the {overlap} tokens that the next one's "
+      f"convolution sees: a context of {devices * overlap} or more fits."
     )
-  slstm = [at for at, kind in enumerate(cfg.model.kinds) if kind == "slstm"]
-  if slstm:
+  whole = [kind for kind, (row, _) in kinds.items() if row.time_overlap is None]
+  if whole:
+    at = [at for at, kind in enumerate(cfg.model.kinds) if kind in whole]
+    others = [kind for kind, row in KINDS.items() if row.time_overlap]
     yield (
-      f"config.mesh.sequence is {devices}, but the blocks {slstm} are "
-      "sLSTM, whose every token waits for the one before: time can only be "
-      "split over devices for mLSTM blocks. Set mesh.sequence=1 and use these "
-      "devices for mesh.fsdp or mesh.data."
+      f"config.mesh.sequence is {devices}, but the blocks {at} are of kind "
+      f"{' and '.join(whole)}, whose every token waits for the one before: "
+      f"time can only be split over devices for {_listed(others, 'and')} "
+      "blocks. Set mesh.sequence=1 and use these devices for mesh.fsdp or "
+      "mesh.data."
     )
 
 
@@ -270,9 +231,9 @@ def _multiple(value: int, unit: int) -> int:
   return max(round(value / unit), 1) * unit
 
 
-def _listed(numbers: list[int]) -> str:
-  *most, last = map(str, numbers)
-  return f"{', '.join(most)} or {last}" if most else last
+def _listed(items: Sequence[Any], word: str = "or") -> str:
+  *most, last = map(str, items)
+  return f"{', '.join(most)} {word} {last}" if most else last
 
 
 def _other_problems(cfg: RunConfig) -> Iterator[str]:

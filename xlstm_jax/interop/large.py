@@ -322,7 +322,16 @@ def _check_expressible(cfg: ModelConfig) -> None:
   bias = mixer.bias
   required = {
     "slstm_at": (cfg.slstm_at, (), "it has no sLSTM blocks"),
-    "mlstm_block": (cfg.mlstm_block, "large", "its blocks are the 7B model's"),
+    "pattern": (
+      cfg.pattern if {*cfg.kinds} != {"mlstm_large"} else (),
+      (),
+      "its blocks are the 7B model's",
+    ),
+    "mlstm_block": (
+      "large" if cfg.pattern else cfg.mlstm_block,
+      "large",
+      "its blocks are the 7B model's",
+    ),
     "out_norm": (cfg.out_norm, True, "it always norms the last output"),
     "post_norm": (cfg.post_norm, False, "it does not norm branch outputs"),
     "norm": (

@@ -16,7 +16,7 @@ import numpy as np
 
 from xlstm_jax.errors import UserError
 from xlstm_jax.interop.tensor_files import Spec, StoredTensor, listing
-from xlstm_jax.models.config import BlockKind, ModelConfig, runs
+from xlstm_jax.models.config import ModelConfig, runs
 
 ALL = slice(None)
 # Of arrays on CPU devices, in bytes.
@@ -64,7 +64,7 @@ class Format:
   """
 
   model: tuple[Tensor, ...]
-  blocks: Mapping[BlockKind, tuple[Tensor, ...]]
+  blocks: Mapping[str, tuple[Tensor, ...]]
   block_prefix: str
 
 

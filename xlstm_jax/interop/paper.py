@@ -1,4 +1,4 @@
-"""Imports models of the paper's repository (NX-AI/xlstm).
+"""Imports and exports models of the paper's repository (NX-AI/xlstm).
 
 Nothing is unpickled here. In your own PyTorch environment, with the model in
 `model`, save its weights and configuration into a folder:
@@ -9,9 +9,20 @@ Nothing is unpickled here. In your own PyTorch environment, with the model in
 and then
 
     python -m xlstm_jax.interop.paper import --input=DIR --workdir=WORKDIR
+
+The way back is
+
+    python -m xlstm_jax.interop.paper export --workdir=WORKDIR --output=DIR
+
+and in PyTorch
+
+    content = json.load(open("DIR/config.json"))
+    model = xLSTMLMModel(dacite.from_dict(xLSTMLMModelConfig, content))
+    safetensors.torch.load_model(model, "DIR/model.safetensors")
 """
 
 import argparse
+import dataclasses
 import math
 import pathlib
 import sys
@@ -20,10 +31,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from xlstm_jax import paths
+from xlstm_jax import config, paths
 from xlstm_jax.errors import UserError, exit_code, shown
 from xlstm_jax.interop import tensor_files, workdir
-from xlstm_jax.interop.names import ALL, Format, tensor
+from xlstm_jax.interop.names import ALL, Format, NameMap, tensor
 from xlstm_jax.interop.options import Options
 from xlstm_jax.interop.tensor_files import StoredTensor
 from xlstm_jax.layers.feedforward import FeedForwardConfig
@@ -31,13 +42,19 @@ from xlstm_jax.layers.norm import NormConfig
 from xlstm_jax.mixers.mlstm import MLSTMConfig
 from xlstm_jax.mixers.slstm import SLSTMConfig
 from xlstm_jax.models.config import MAX_BLOCKS, ModelConfig
+from xlstm_jax.models.language_model import Definition
 
+_CONFIG = "config.json"
+# All norms of the repository, and the eps of its mLSTM cell.
+_NORM = NormConfig("layer", 1e-5, "offset")
+_CELL_EPS = 1e-6
 # How the repository's two sLSTM backends lay out the recurrent weights and the
 # bias, which is flat in both.
 SLSTMLayout = Literal["vanilla", "cuda"]
 _RECURRENT = {"vanilla": "H GE D -> GHDE", "cuda": "H D GE -> GHDE"}
 _BIAS = {"vanilla": "GHE -> GHE", "cuda": "HGE -> GHE"}
 
+_CONTEXT = "context_length"
 _EMBEDDING, _HEAD = "token_embedding.weight", "lm_head.weight"
 _ACTIVATIONS = {
   "gelu": "gelu",
@@ -172,7 +189,7 @@ def open_checkpoint(
   Raises:
     UserError: it is none, or its model is not one of ours.
   """
-  cfg = model_config(tensor_files.read_json(folder / "config.json"))
+  cfg = model_config(tensor_files.read_json(folder / _CONFIG))
   stored = untie(tensor_files.open_folder(folder), tied=cfg.tie_embeddings)
   return cfg, tensor_format(slstm_layout=slstm_layout(stored)), stored
 
@@ -184,8 +201,52 @@ def import_folder(source: pathlib.Path, target: pathlib.Path) -> ModelConfig:
     UserError: `source` is damaged or not of our kind, or `target` is in use.
   """
   cfg, form, stored = open_checkpoint(source)
-  workdir.create(target, source, cfg, form, stored)
+  content = tensor_files.read_json(source / _CONFIG)
+  context = content.get(_CONTEXT)
+  # Upstream's default is -1, for none.
+  kept = {_CONTEXT: context} if type(context) is int and context > 0 else {}
+  workdir.create(target, source, cfg, form, stored, kept=kept)
   return cfg
+
+
+def export_folder(
+  source: pathlib.Path,
+  target: pathlib.Path,
+  *,
+  step: int | None = None,
+  slstm_layout: SLSTMLayout = "vanilla",
+) -> None:
+  """Writes the model of the workdir `source` as a state dict, in float32.
+
+  Args:
+    source: the workdir.
+    target: empty or missing.
+    step: of the checkpoint; None for the latest.
+    slstm_layout: The sLSTM backend that the configuration names and whose
+      layout the tensors have.
+
+  Raises:
+    UserError: the repository cannot express the model, or `target` is in use.
+  """
+  workdir.require_empty(target)
+  run = config.load(source)
+  context = Options(workdir.read_kept(source)).integer(
+    _CONTEXT, run.data.context, minimum=1
+  )
+  content = paper_config(run.model, context=context, slstm_layout=slstm_layout)
+  names = NameMap(
+    tensor_format(slstm_layout=slstm_layout),
+    run.model,
+    Definition(run.model).abstract(),
+  )
+  params = workdir.restore(source, run, step)
+  target.mkdir(parents=True, exist_ok=True)
+  tensor_files.write_file(
+    target / tensor_files.SINGLE,
+    names.specs(tensor_files.DTYPES["F32"]),
+    lambda name: names.value(params, name),
+  )
+  tensor_files.write_json(target / _CONFIG, content)
 
 
 def model_config(content: Mapping[str, Any]) -> ModelConfig:
@@ -199,20 +260,18 @@ def model_config(content: Mapping[str, Any]) -> ModelConfig:
   width = options.integer("embedding_dim", minimum=1)
   num_blocks = options.integer("num_blocks", minimum=1)
   slstm_at = _slstm_at(options, num_blocks)
-  slstm = options.sub("slstm_block").sub("slstm")
-  norm = NormConfig("layer", 1e-5, "offset")
   return ModelConfig(
     vocab_size=options.integer("vocab_size", minimum=1),
     width=width,
     num_blocks=num_blocks,
     slstm_at=slstm_at,
     mlstm=_mlstm(options, width),
-    slstm=_slstm(slstm) if slstm_at else SLSTMConfig(),
+    slstm=_slstm(options.sub("slstm_block")) if slstm_at else SLSTMConfig(),
     feedforward=_feedforward(options, width)
     if slstm_at
     else FeedForwardConfig(),
-    norm=norm,
-    head_norm=norm,
+    norm=_NORM,
+    head_norm=_NORM,
     out_norm=options.flag("add_post_blocks_norm", True),
     tie_embeddings=options.flag("tie_weights", False),
     dropout=options.rate("dropout", 0.0),
@@ -242,12 +301,13 @@ def _mlstm(options: Options, width: int) -> MLSTMConfig:
     conv_window=mlstm.integer("conv1d_kernel_size", 4, minimum=0),
     qkv_block=mlstm.integer("qkv_proj_blocksize", 4, minimum=1),
     # A constant upstream, and a key of configurations that change it.
-    eps=options.number("mlstm_cell_eps", 1e-6),
+    eps=options.number("mlstm_cell_eps", _CELL_EPS),
     bias=options.flag("bias", False),
   )
 
 
-def _slstm(slstm: Options) -> SLSTMConfig:
+def _slstm(block: Options) -> SLSTMConfig:
+  slstm = block.sub("slstm")
   for name in ("gradient_recurrent_clipval", "forward_clipval"):
     slstm.refuse(name, "the recurrence is never clipped here; set it to null")
   slstm.refuse(
@@ -267,17 +327,13 @@ def _slstm(slstm: Options) -> SLSTMConfig:
       slstm.text("bias_init", "powerlaw_blockdependent"), "power_law"
     ),
     head_norm_scale=slstm.flag("group_norm_weight", True),
+    # Where nothing is said of it, there is one; null says that there is none.
+    feedforward="feedforward" not in block.values or block.has("feedforward"),
   )
 
 
 def _feedforward(options: Options, width: int) -> FeedForwardConfig:
-  block = options.sub("slstm_block")
-  if "feedforward" in block.values and not block.has("feedforward"):
-    raise UserError(
-      "slstm_block.feedforward is null: sLSTM blocks without a feed-forward "
-      "do not exist here."
-    )
-  feedforward = block.sub("feedforward")
+  feedforward = options.sub("slstm_block").sub("feedforward")
   feedforward.choice("ff_type", {"ffn_gated": None}, "ffn_gated")
   round_to = feedforward.integer("round_proj_up_to_multiple_of", 64, minimum=1)
   return FeedForwardConfig(
@@ -298,6 +354,181 @@ def _factor(options: Options, default: float, width: int, round_to: int):
   factor = size / width
   rounded = math.ceil(factor * width / round_to) * round_to
   return factor if rounded == size else math.nextafter(factor, 0)
+
+
+def paper_config(
+  cfg: ModelConfig, *, context: int, slstm_layout: SLSTMLayout
+) -> dict[str, Any]:
+  """The `xLSTMLMModelConfig` of an exported model.
+
+  Args:
+    cfg: the model.
+    context: Tokens of the longest row that the PyTorch model will read at
+      once; its mLSTM allocates a mask of this length.
+    slstm_layout: The sLSTM backend.
+
+  Raises:
+    UserError: the repository's blocks cannot express the model; the message
+      names the field and the reason.
+  """
+  _check_expressible(cfg)
+  kinds = set(cfg.kinds)
+  return {
+    "vocab_size": cfg.vocab_size,
+    "embedding_dim": cfg.width,
+    "num_blocks": cfg.num_blocks,
+    _CONTEXT: context,
+    "slstm_at": [at for at, kind in enumerate(cfg.kinds) if kind == "slstm"],
+    "mlstm_block": _their_mlstm(cfg) if "mlstm" in kinds else None,
+    "slstm_block": (
+      _their_slstm(cfg, slstm_layout) if "slstm" in kinds else None
+    ),
+    "add_post_blocks_norm": cfg.out_norm,
+    "tie_weights": cfg.tie_embeddings,
+    "bias": "mlstm" in kinds and cfg.mlstm.bias,
+    "dropout": cfg.dropout,
+    "add_embedding_dropout": cfg.embedding_dropout,
+  }
+
+
+def _their_mlstm(cfg: ModelConfig) -> dict[str, Any]:
+  mlstm = cfg.mlstm
+  return {
+    "mlstm": {
+      "num_heads": mlstm.num_heads,
+      "proj_factor": mlstm.factor,
+      "round_proj_up_to_multiple_of": mlstm.round_to,
+      "conv1d_kernel_size": mlstm.conv_window,
+      "qkv_proj_blocksize": mlstm.qkv_block or mlstm.inner(cfg.width),
+    }
+  }
+
+
+def _their_slstm(cfg: ModelConfig, layout: SLSTMLayout) -> dict[str, Any]:
+  slstm, ours = cfg.slstm, cfg.feedforward
+  feedforward = None
+  if slstm.feedforward:
+    feedforward = {
+      "proj_factor": _their_factor(ours, cfg.width),
+      "round_proj_up_to_multiple_of": ours.round_to,
+      "act_fn": _inverse(_ACTIVATIONS)[ours.activation],
+      "bias": ours.bias,
+      "dropout": cfg.dropout if ours.dropout is None else ours.dropout,
+    }
+  return {
+    "slstm": {
+      "backend": layout,
+      "function": slstm.cell,
+      "num_heads": slstm.num_heads,
+      "conv1d_kernel_size": slstm.conv_window,
+      "recurrent_weight_init": _inverse(_RECURRENT_INITS)[slstm.recurrent_init],
+      "bias_init": _inverse(_BIAS_INITS)[slstm.bias_init],
+      "group_norm_weight": slstm.head_norm_scale,
+    },
+    "feedforward": feedforward,
+  }
+
+
+def _their_factor(ours: FeedForwardConfig, width: int) -> float:
+  """A factor that rounding up turns into our number of hidden units."""
+  hidden = ours.hidden(width)
+  factors = (ours.factor, hidden / width, math.nextafter(hidden / width, 0))
+  for factor in factors:
+    theirs = dataclasses.replace(ours, factor=factor, rounding="ceil")
+    if theirs.hidden(width) == hidden:
+      return factor
+  raise AssertionError(f"{ours} at width {width}")
+
+
+def _inverse(meanings: Mapping[str, str]) -> dict[str, str]:
+  return {ours: theirs for theirs, ours in meanings.items()}
+
+
+def _check_expressible(cfg: ModelConfig) -> None:
+  mlstm, feedforward = cfg.mlstm, cfg.feedforward
+  norms = f"its norms are {_NORM}"
+  # Field, value, whether the repository has it, and why not.
+  needed: list[tuple[str, Any, bool, str]] = [
+    ("norm", cfg.norm, cfg.norm == _NORM, norms),
+    ("head_norm", cfg.head_norm, cfg.head_norm == _NORM, norms),
+    (
+      "post_norm",
+      cfg.post_norm,
+      not cfg.post_norm,
+      "it does not norm branch outputs",
+    ),
+    ("logit_cap", cfg.logit_cap, cfg.logit_cap is None, "it has no caps"),
+    (
+      "pattern" if cfg.pattern else "mlstm_block",
+      cfg.pattern or cfg.mlstm_block,
+      {*cfg.kinds} <= {"mlstm", "slstm"},
+      "it has the paper's blocks alone, and xlstm_jax.interop.hf exports the "
+      "others",
+    ),
+  ]
+  if "mlstm" in cfg.kinds:
+    window, cap = mlstm.conv_window, mlstm.gate_cap
+    needed += [
+      (
+        "mlstm.conv_window",
+        window,
+        window > 0,
+        "its mLSTM always has a convolution",
+      ),
+      (
+        "mlstm.gate_input",
+        mlstm.gate_input,
+        mlstm.gate_input == "qkv",
+        "its gates see q, k and v",
+      ),
+      (
+        "mlstm.gate_headwise",
+        mlstm.gate_headwise,
+        not mlstm.gate_headwise,
+        "its gates see the channels of all heads",
+      ),
+      ("mlstm.gate_cap", cap, cap is None, "it has no caps"),
+      (
+        "mlstm.input_gate",
+        mlstm.input_gate,
+        mlstm.input_gate == "exp",
+        "its input gate is exponential",
+      ),
+      (
+        "mlstm.normalize",
+        mlstm.normalize,
+        mlstm.normalize,
+        "it always normalises",
+      ),
+      (
+        "mlstm.qk_norm",
+        mlstm.qk_norm,
+        not mlstm.qk_norm,
+        "it does not norm q and k",
+      ),
+      (
+        "mlstm.eps",
+        mlstm.eps,
+        mlstm.eps == _CELL_EPS,
+        f"its cell adds {_CELL_EPS}",
+      ),
+    ]
+  if "slstm" in cfg.kinds and cfg.slstm.feedforward:
+    activations = ", ".join(_ACTIVATIONS.values())
+    needed.append(
+      (
+        "feedforward.activation",
+        feedforward.activation,
+        feedforward.activation in _ACTIVATIONS.values(),
+        f"its feed-forward has {activations}",
+      )
+    )
+  for field, value, expressible, reason in needed:
+    if not expressible:
+      raise UserError(
+        f"The paper's repository cannot express this model, whose {field} is "
+        f"{shown(value)}: {reason}."
+      )
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -326,17 +557,53 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     required=True,
     help="a new or empty folder for the workdir",
   )
+  add = commands.add_parser(
+    "export",
+    help="make a state dict of a workdir",
+    description="Writes config.json and model.safetensors, in float32.",
+  )
+  add.add_argument(
+    "--workdir",
+    type=paths.argument(paths.workdir),
+    required=True,
+    help="of a run",
+  )
+  add.add_argument(
+    "--output",
+    type=paths.argument(paths.new_folder),
+    required=True,
+    help="a new or empty folder for both files",
+  )
+  add.add_argument(
+    "--step", type=int, help="of the checkpoint; the latest by default"
+  )
+  add.add_argument(
+    "--slstm-backend",
+    choices=list(_RECURRENT),
+    default="vanilla",
+    help="that the configuration names, in whose layout sLSTM weights are "
+    "stored (default: %(default)s)",
+  )
   return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The command."""
   args = parse_arguments(argv)
-  cfg = import_folder(pathlib.Path(args.input), pathlib.Path(args.workdir))
-  print(
-    f"Imported a model of {cfg.num_blocks} blocks and width {cfg.width} into "
-    f"{args.workdir}."
+  if args.command == "import":
+    cfg = import_folder(pathlib.Path(args.input), pathlib.Path(args.workdir))
+    print(
+      f"Imported a model of {cfg.num_blocks} blocks and width {cfg.width} into "
+      f"{args.workdir}."
+    )
+    return
+  export_folder(
+    pathlib.Path(args.workdir),
+    pathlib.Path(args.output),
+    step=args.step,
+    slstm_layout=args.slstm_backend,
   )
+  print(f"Exported {args.workdir} to {args.output}.")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from xlstm_jax.cells.backends import AUTO
+
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
@@ -34,6 +36,8 @@ class Compute:
     dtype: of matmul operands and the residual stream.
     param_dtype: of the parameters.
     mlstm_backend: a form of the mLSTM cell, or "auto".
+    slstm_backend: A form of the sLSTM cell, or "auto".
+    lstm_backend: A form of the LSTM cell, or "auto".
     mlstm_chunk: chunk length of the chunkwise form; None lets it choose.
     scan: compile one block per run of equal blocks instead of every block.
     remat: what the backward pass recomputes: nothing, all but the outputs of
@@ -46,10 +50,18 @@ class Compute:
   dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
   param_dtype: Literal["float32", "float64"] = "float32"
   mlstm_backend: str = "auto"
+  slstm_backend: str = "auto"
+  lstm_backend: str = "auto"
   mlstm_chunk: int | None = None
   scan: bool = True
   remat: Literal["none", "matmuls", "block"] = "none"
   deterministic: bool = False
+
+  def on_any_device(self) -> "Compute":
+    """The same, with the forms of the cells that suit the device it is on."""
+    return dataclasses.replace(
+      self, mlstm_backend=AUTO, slstm_backend=AUTO, lstm_backend=AUTO
+    )
 
 
 def wide(x: jax.Array) -> jax.Array:

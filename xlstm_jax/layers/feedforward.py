@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from xlstm_jax.layers import initializers
 from xlstm_jax.layers.compute import Compute
 from xlstm_jax.layers.linear import Linear, dropout
+from xlstm_jax.ranges import ranged
 from xlstm_jax.sharding import constrain
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -40,14 +41,14 @@ class FeedForwardConfig:
     dropout: of the output; None for the model's.
   """
 
-  factor: float = 1.3
-  round_to: int = 64
+  factor: float = ranged(1.3, above=0)
+  round_to: int = ranged(64, at_least=1)
   rounding: Literal["ceil", "floor"] = "ceil"
   activation: Literal[
     "gelu", "gelu_tanh", "silu", "relu", "squared_relu", "sigmoid", "selu"
   ] = "gelu"
   bias: bool = False
-  dropout: float | None = None
+  dropout: float | None = ranged(None, at_least=0, below=1)
 
   def hidden(self, width: int) -> int:
     """Hidden units at this width."""

@@ -2,12 +2,21 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 Initializer = Callable[[jax.Array, Sequence[int], DTypeLike], jax.Array]
+
+
+class Depth(NamedTuple):
+  """Which of all blocks one is: the index `at`, which may be traced."""
+
+  at: int | jax.Array
+  blocks: int
+
 
 zeros: Initializer = jax.nn.initializers.zeros
 ones: Initializer = jax.nn.initializers.ones

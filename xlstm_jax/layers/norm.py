@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from xlstm_jax.layers import initializers
 from xlstm_jax.layers.compute import Compute, wide
+from xlstm_jax.ranges import ranged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class NormConfig:
   """
 
   kind: Literal["layer", "rms"] = "layer"
-  eps: float = 1e-5
+  eps: float = ranged(1e-5, at_least=0)
   scale: Literal["offset", "direct", "none"] = "offset"
   bias: bool = False
 

@@ -5,6 +5,8 @@ from typing import Literal, Protocol, runtime_checkable
 from jaxtyping import Array, Float, Int
 
 from xlstm_jax.cells import mlstm
+from xlstm_jax.cells.backends import Cell, Share
+from xlstm_jax.cells.mlstm import self_test
 from xlstm_jax.layers.compute import Compute
 from xlstm_jax.sharding import on_mesh, time_axis
 
@@ -28,6 +30,9 @@ class MemoryConfig(Protocol):
   def normalize(self) -> bool: ...
   @property
   def eps(self) -> float: ...
+  @property
+  def num_heads(self) -> int: ...
+  def head_channels(self, width: int) -> tuple[int, int]: ...
 
 
 def memory(
@@ -82,4 +87,43 @@ def memory(
       None if state is None else _STATE,
     ),
     out_axes=((*tokens, None), _STATE),
+  )
+
+
+def memory_flops(
+  cfg: MemoryConfig, width: int, *, context: int, chunk: int | None
+) -> float:
+  """FLOPs per token of the cell's forward pass, of the causal half alone.
+
+  Args:
+    cfg: Of the mixer.
+    width: Of the model.
+    context: Tokens per sequence; it matters to the parallel form alone.
+    chunk: Of the chunkwise form; None counts the parallel form.
+  """
+  H = cfg.num_heads
+  K, V = cfg.head_channels(width)
+  if chunk is None:
+    return float(H * context * (K + V))
+  return H * (chunk * (K + V) + 4 * K * V + 4 * K + 2 * K * V / chunk)
+
+
+def memory_cell(cfg: MemoryConfig, share: Share, compute: Compute) -> Cell:
+  """The cell of a mixer as a device runs it."""
+  K, V = cfg.head_channels(share.width)
+  shape = self_test.Shape(
+    B=share.B, T=share.T, H=cfg.num_heads // share.tensor, K=K, V=V
+  )
+  return Cell(
+    mlstm.BACKENDS,
+    mlstm.Shapes(*shape, dtype=compute.dtype, chunk=compute.mlstm_chunk),
+    lambda backend: self_test.prepared(
+      backend,
+      shape,
+      dtype=compute.dtype,
+      chunk=compute.mlstm_chunk,
+      input_gate=cfg.input_gate,
+      normalize=cfg.normalize,
+      eps=cfg.eps,
+    ),
   )

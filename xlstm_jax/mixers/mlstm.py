@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import jax
@@ -16,10 +17,12 @@ from xlstm_jax.layers import initializers
 from xlstm_jax.layers.compute import Compute, wide
 from xlstm_jax.layers.conv import CausalConv, ConvState
 from xlstm_jax.layers.feedforward import round_up
+from xlstm_jax.layers.initializers import Depth
 from xlstm_jax.layers.linear import Linear, dropout
 from xlstm_jax.layers.norm import Norm, NormConfig, qk_norm
 from xlstm_jax.mixers.gates import Gates
-from xlstm_jax.mixers.memory import memory
+from xlstm_jax.mixers.memory import memory, memory_flops
+from xlstm_jax.ranges import ranged
 from xlstm_jax.sharding import constrain, split_over
 
 MERGED = 64  # channels of small blocks that are mapped as one
@@ -48,19 +51,19 @@ class MLSTMConfig:
     bias: add biases to all projections.
   """
 
-  num_heads: int = 4
-  factor: float = 2.0
-  round_to: int = 64
-  conv_window: int = 4
-  qkv_block: int = 4
+  num_heads: int = ranged(4, at_least=1)
+  factor: float = ranged(2.0, above=0)
+  round_to: int = ranged(64, at_least=1)
+  conv_window: int = ranged(4, at_least=0)
+  qkv_block: int = ranged(4, at_least=0)
   gate_input: Literal["qkv", "conv", "up"] = "qkv"
   gate_headwise: bool = False
-  gate_cap: float | None = None
+  gate_cap: float | None = ranged(None, above=0)
   input_gate: Literal["exp", "sigmoid"] = "exp"
   input_gate_bias: float | None = None
   normalize: bool = True
   qk_norm: bool = False
-  eps: float = 1e-6
+  eps: float = ranged(1e-6, at_least=0)
   bias: bool = False
 
   def inner(self, width: int) -> int:
@@ -71,6 +74,33 @@ class MLSTMConfig:
     """Channels of a head's keys and of its values at this width."""
     channels = self.inner(width) // self.num_heads
     return channels, channels
+
+  def flops(self, width: int, *, context: int, chunk: int | None) -> float:
+    """FLOPs per token of the mixer's forward pass."""
+    inner = self.inner(width)
+    gates = 2 * (3 if self.gate_input == "qkv" else 1) * inner * 2
+    return (
+      6 * width * inner
+      + 6 * inner * (self.qkv_block or inner)
+      + gates * (1 if self.gate_headwise else self.num_heads)
+      + 2 * self.conv_window * inner
+      + memory_flops(self, width, context=context, chunk=chunk)
+    )
+
+  def problems(self, width: int, *, tensor: int) -> Iterator[str]:
+    """What does not fit this width or `tensor` devices that split heads.
+
+    Channels split where heads do; blocks of q, k and v are not of heads, and a
+    single one is split by its outputs.
+    """
+    inner, block = self.inner(width), self.qkv_block
+    blocks = inner // block if block else 1
+    if not inner % tensor and blocks > 1 and blocks % tensor:
+      yield (
+        f"config.model.mlstm.qkv_block is {block}; mesh.tensor={tensor} cannot "
+        f"split {blocks} blocks of the {inner} inner channels evenly: set "
+        f"mesh.tensor=1 or a qkv_block that divides {inner // tensor}."
+      )
 
 
 class MLSTMState(NamedTuple):
@@ -88,7 +118,7 @@ class MLSTM(nnx.Module):
     cfg: MLSTMConfig,
     width: int,
     *,
-    num_blocks: int,
+    depth: Depth,
     head_norm: NormConfig,
     dropout: float,
     compute: Compute,
@@ -152,7 +182,7 @@ class MLSTM(nnx.Module):
       "BTU,UD->BTD",
       (inner, width),
       ("inner", "width"),
-      init=initializers.wang(width, num_blocks),
+      init=initializers.wang(width, depth.blocks),
       bias=bias,
       compute=compute,
       rngs=rngs,

@@ -1,6 +1,7 @@
 """mLSTM mixer of the 7B model: projections of the block's input, no more."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Literal
 
 import jax
@@ -11,10 +12,12 @@ from xlstm_jax.cells import mlstm
 from xlstm_jax.errors import UserError
 from xlstm_jax.layers import initializers
 from xlstm_jax.layers.compute import Compute
+from xlstm_jax.layers.initializers import Depth
 from xlstm_jax.layers.linear import Linear, dropout
 from xlstm_jax.layers.norm import Norm, NormConfig, qk_norm
 from xlstm_jax.mixers.gates import Gates
-from xlstm_jax.mixers.memory import memory
+from xlstm_jax.mixers.memory import memory, memory_flops
+from xlstm_jax.ranges import ranged
 from xlstm_jax.sharding import constrain
 
 
@@ -35,21 +38,40 @@ class MLSTMLargeConfig:
     bias: add biases to the projections (gates always have one).
   """
 
-  num_heads: int = 8
-  qk_factor: float = 0.5
-  v_factor: float = 1.0
-  gate_cap: float | None = 15.0
+  num_heads: int = ranged(8, at_least=1)
+  qk_factor: float = ranged(0.5, above=0)
+  v_factor: float = ranged(1.0, above=0)
+  gate_cap: float | None = ranged(15.0, above=0)
   input_gate: Literal["exp", "sigmoid"] = "exp"
   input_gate_bias: float | None = -10.0
   normalize: bool = True
   qk_norm: bool = False
-  eps: float = 1e-6
+  eps: float = ranged(1e-6, at_least=0)
   bias: bool = False
 
   def head_channels(self, width: int) -> tuple[int, int]:
     """Channels of a head's keys and of its values at this width."""
     qk, v = int(width * self.qk_factor), int(width * self.v_factor)
     return qk // self.num_heads, v // self.num_heads
+
+  def flops(self, width: int, *, context: int, chunk: int | None) -> float:
+    """FLOPs per token of the mixer's forward pass."""
+    qk, v = int(width * self.qk_factor), int(width * self.v_factor)
+    return (
+      2 * width * (2 * qk + 2 * v + 2 * self.num_heads)
+      + 2 * v * width
+      + memory_flops(self, width, context=context, chunk=chunk)
+    )
+
+  def problems(self, width: int, *, tensor: int) -> Iterator[str]:
+    """What does not fit this width or `tensor` devices that split heads."""
+    del tensor
+    if not all(self.head_channels(width)):
+      yield (
+        f"With config.model.width={width} and num_heads={self.num_heads} a "
+        f"head has no channel left of mlstm_large.qk_factor={self.qk_factor} "
+        f"or v_factor={self.v_factor}: raise the factor or the width."
+      )
 
 
 class MLSTMLarge(nnx.Module):
@@ -60,7 +82,7 @@ class MLSTMLarge(nnx.Module):
     cfg: MLSTMLargeConfig,
     width: int,
     *,
-    num_blocks: int,
+    depth: Depth,
     head_norm: NormConfig,
     dropout: float,
     compute: Compute,
@@ -116,7 +138,7 @@ class MLSTMLarge(nnx.Module):
       "BTHV,HVD->BTD",
       (H, V, width),
       ("heads", None, "width"),
-      init=initializers.wang(width, num_blocks),
+      init=initializers.wang(width, depth.blocks),
       bias=initializers.zeros if cfg.bias else None,
       compute=compute,
       rngs=rngs,

@@ -1,7 +1,8 @@
 """sLSTM mixer: convolution, block-diagonal gates, recurrent cell, head norm."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from xlstm_jax.cells import lstm, slstm
+from xlstm_jax.cells import recurrent_self_test as self_test
+from xlstm_jax.cells.backends import Cell, Registry, Share
+from xlstm_jax.cells.recurrence import Shapes
 from xlstm_jax.errors import UserError
 from xlstm_jax.layers import initializers
 from xlstm_jax.layers.compute import Compute, wide
 from xlstm_jax.layers.conv import CausalConv, ConvState
+from xlstm_jax.layers.initializers import Depth
 from xlstm_jax.layers.linear import Linear, dropout
 from xlstm_jax.layers.norm import Norm, NormConfig
+from xlstm_jax.ranges import ranged
 from xlstm_jax.sharding import on_mesh
 
 
@@ -32,21 +38,63 @@ class SLSTMConfig:
       which depends on the block's depth; forget gates from 3 to 6; or
       U(+-1/sqrt(width)).
     head_norm_scale: the head norm has a learned scale.
+    feedforward: A feed-forward follows the mixer in its block.
   """
 
   cell: Literal["slstm", "lstm"] = "slstm"
-  num_heads: int = 4
-  conv_window: int = 4
+  num_heads: int = ranged(4, at_least=1)
+  conv_window: int = ranged(4, at_least=0)
   recurrent_init: Literal["zeros", "uniform"] = "zeros"
   bias_init: Literal["power_law", "linspace", "uniform"] = "power_law"
   head_norm_scale: bool = True
+  feedforward: bool = True
+
+  def flops(self, width: int, *, context: int, chunk: int | None) -> float:
+    """FLOPs per token of the mixer's forward pass."""
+    del context, chunk
+    maps = 2 * 8 * width * width / self.num_heads
+    return maps + 2 * self.conv_window * width
 
 
 _UNITS = ("batch", "heads", None)
+
+
+class _Cell(NamedTuple):
+  """The function of a cell, its forms, and the axes of its state."""
+
+  run: Callable[..., Any]
+  registry: Registry
+  axes: Any
+
+
 _CELLS = {
-  "slstm": (slstm.slstm, slstm.State._make([_UNITS] * 4 + [("batch",)])),
-  "lstm": (lstm.lstm, lstm.State._make([_UNITS] * 2 + [("batch",)])),
+  "slstm": _Cell(
+    slstm.slstm,
+    slstm.BACKENDS,
+    slstm.State._make([_UNITS] * 4 + [("batch",)]),
+  ),
+  "lstm": _Cell(
+    lstm.lstm, lstm.BACKENDS, lstm.State._make([_UNITS] * 2 + [("batch",)])
+  ),
 }
+
+
+def slstm_cell(cfg: SLSTMConfig, share: Share, compute: Compute) -> Cell:
+  """The cell of the mixer as a device runs it."""
+  run, registry, _ = _CELLS[cfg.cell]
+  shapes = Shapes(
+    B=share.B,
+    T=share.T,
+    H=cfg.num_heads // share.tensor,
+    D=share.width // cfg.num_heads,
+    dtype=str(jnp.promote_types(compute.dtype, jnp.float32)),
+    matrix_dtype=compute.dtype,
+  )
+  return Cell(
+    registry,
+    shapes,
+    lambda backend: self_test.prepared(run, registry, backend, shapes),
+  )
 
 
 class SLSTMState(NamedTuple):
@@ -67,8 +115,7 @@ class SLSTM(nnx.Module):
     cfg: SLSTMConfig,
     width: int,
     *,
-    num_blocks: int,
-    block_index: int | jax.Array,
+    depth: Depth,
     head_norm: NormConfig,
     dropout: float,
     compute: Compute,
@@ -112,7 +159,7 @@ class SLSTM(nnx.Module):
     else:
       forget_D = jnp.linspace(3.0, 6.0, D)
       if cfg.bias_init == "power_law":
-        forget_D = _power_law(D, block_index, num_blocks)
+        forget_D = _power_law(D, depth)
       bias = jnp.zeros((4, H, D), compute.param_dtype)
       bias = bias.at[1].set(forget_D.astype(bias.dtype))
     self.bias = nnx.Param(bias, axes=(None, "heads", None))
@@ -158,11 +205,17 @@ class SLSTM(nnx.Module):
 
   def _recur(self, gates_BTGHD, segments_BT, state):
     """The cell; every device runs it on its rows and heads."""
-    run, axes = _CELLS[self.cfg.cell]
+    run, registry, axes = _CELLS[self.cfg.cell]
+    backend = getattr(self.compute, registry.setting)
 
     def cell(gates_BTGHD, R_GHDE, b_GHD, segments_BT, state):
       return run(
-        gates_BTGHD, R_GHDE, b_GHD, segments_BT=segments_BT, state=state
+        gates_BTGHD,
+        R_GHDE,
+        b_GHD,
+        segments_BT=segments_BT,
+        state=state,
+        backend=backend,
       )
 
     return on_mesh(
@@ -183,8 +236,8 @@ class SLSTM(nnx.Module):
     )
 
 
-def _power_law(D: int, block_index, num_blocks: int) -> jax.Array:
+def _power_law(D: int, depth: Depth) -> jax.Array:
   """Forget biases 5 ... -7 over a head's units, flatter in early blocks."""
-  depth = block_index / max(num_blocks - 1, 1)
+  share = depth.at / max(depth.blocks - 1, 1)
   units_D = jnp.arange(D) / max(D - 1, 1)
-  return 5 - 12 * units_D ** (0.3 + 1.3 * depth)
+  return 5 - 12 * units_D ** (0.3 + 1.3 * share)

@@ -8,19 +8,18 @@ from jaxtyping import Array, Float, Int
 
 from xlstm_jax.layers.compute import Compute
 from xlstm_jax.layers.feedforward import FeedForward
+from xlstm_jax.layers.initializers import Depth
 from xlstm_jax.layers.norm import Norm
-from xlstm_jax.mixers.mlstm import MLSTM
-from xlstm_jax.mixers.mlstm_large import MLSTMLarge
-from xlstm_jax.mixers.slstm import SLSTM
-from xlstm_jax.models.config import BlockKind, ModelConfig
+from xlstm_jax.models.config import ModelConfig
+from xlstm_jax.models.kinds import KINDS
 from xlstm_jax.sharding import constrain
 
 
 class Block(nnx.Module):
   """`x + mixer(norm(x))`, then `x + feedforward(norm(x))`.
 
-  The paper's mLSTM block projects up inside its mixer and has no
-  feed-forward; sLSTM and 7B blocks have one.
+  Some kinds have no feed-forward: the paper's mLSTM block, for one, projects
+  up inside its mixer.
 
   Args:
     cfg: the model's.
@@ -31,7 +30,7 @@ class Block(nnx.Module):
   def __init__(
     self,
     cfg: ModelConfig,
-    kind: BlockKind,
+    kind: str,
     index: int | jax.Array,
     *,
     compute: Compute,
@@ -43,9 +42,17 @@ class Block(nnx.Module):
       )
 
     self.norm = norm()
-    self.mixer = _mixer(cfg, kind, index, compute=compute, rngs=rngs)
+    self.mixer = KINDS[kind].mixer(
+      getattr(cfg, kind),
+      cfg.width,
+      depth=Depth(index, cfg.num_blocks),
+      head_norm=cfg.head_norm,
+      dropout=cfg.dropout,
+      compute=compute,
+      rngs=rngs,
+    )
     self.mixer_post_norm = norm() if cfg.post_norm else None
-    feeds = kind != "mlstm"
+    feeds = cfg.has_feedforward(kind)
     self.feedforward_norm = norm() if feeds else None
     self.feedforward = (
       FeedForward(
@@ -100,20 +107,3 @@ def pinned(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 
 def _normed(norm: Norm | None, x_BTD):
   return x_BTD if norm is None else norm(x_BTD)
-
-
-def _mixer(cfg: ModelConfig, kind: BlockKind, index, *, compute, rngs):
-  shared = {
-    "num_blocks": cfg.num_blocks,
-    "head_norm": cfg.head_norm,
-    "dropout": cfg.dropout,
-    "compute": compute,
-    "rngs": rngs,
-  }
-  match kind:
-    case "mlstm":
-      return MLSTM(cfg.mlstm, cfg.width, **shared)
-    case "mlstm_large":
-      return MLSTMLarge(cfg.mlstm_large, cfg.width, **shared)
-    case "slstm":
-      return SLSTM(cfg.slstm, cfg.width, block_index=index, **shared)

@@ -10,6 +10,7 @@ import math
 import jax
 
 from xlstm_jax.models.config import ModelConfig
+from xlstm_jax.models.kinds import KINDS
 from xlstm_jax.models.language_model import Definition
 
 
@@ -36,35 +37,9 @@ def train_flops_per_token(
 
 
 def _block(cfg: ModelConfig, kind: str, context: int, chunk: int | None):
-  d = cfg.width
-  feedforward = 6 * d * cfg.feedforward.hidden(d)
-  match kind:
-    case "mlstm":
-      m, inner = cfg.mlstm, cfg.mlstm.inner(d)
-      gates = 2 * (3 if m.gate_input == "qkv" else 1) * inner * 2
-      return (
-        6 * d * inner
-        + 6 * inner * (m.qkv_block or inner)
-        + gates * (1 if m.gate_headwise else m.num_heads)
-        + 2 * m.conv_window * inner
-        + _mlstm_cell(m.num_heads, *m.head_channels(d), context, chunk)
-      )
-    case "mlstm_large":
-      m = cfg.mlstm_large
-      qk, v = int(d * m.qk_factor), int(d * m.v_factor)
-      H = m.num_heads
-      return (
-        2 * d * (2 * qk + 2 * v + 2 * H)
-        + 2 * v * d
-        + feedforward
-        + _mlstm_cell(H, *m.head_channels(d), context, chunk)
-      )
-    case _:
-      s = cfg.slstm
-      return 2 * 8 * d * d / s.num_heads + 2 * s.conv_window * d + feedforward
-
-
-def _mlstm_cell(H: int, K: int, V: int, context: int, chunk: int | None):
-  if chunk is None:
-    return H * context * (K + V)
-  return H * (chunk * (K + V) + 4 * K * V + 4 * K + 2 * K * V / chunk)
+  flops = KINDS[kind].flops(
+    getattr(cfg, kind), cfg.width, context=context, chunk=chunk
+  )
+  if cfg.has_feedforward(kind):
+    flops += 6 * cfg.width * cfg.feedforward.hidden(cfg.width)
+  return flops

@@ -14,7 +14,7 @@ from xlstm_jax.layers.embedding import Embedding, attend
 from xlstm_jax.layers.linear import dropout, soft_cap
 from xlstm_jax.layers.norm import Norm
 from xlstm_jax.models.blocks import Block, pinned
-from xlstm_jax.models.config import BlockKind, ModelConfig, Run, runs
+from xlstm_jax.models.config import ModelConfig, Run, runs
 from xlstm_jax.sharding import constrain
 
 # A nested dict of arrays (or of what stands for them), keyed by strings.
@@ -213,7 +213,7 @@ def _stacked(cfg: ModelConfig, run: Run, *, compute, rngs):
   blocks = {}
   for at, kind in enumerate(run.unit):
 
-    def create(key, index, kind: BlockKind = kind):
+    def create(key, index, kind: str = kind):
       block = Block(cfg, kind, index, compute=compute, rngs=nnx.Rngs(key))
       return nnx.split(block)
 

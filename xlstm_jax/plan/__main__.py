@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 
 from xlstm_jax import config, metrics, paths
-from xlstm_jax.cells.mlstm import KERNELS
 from xlstm_jax.errors import UserError, exit_code
 from xlstm_jax.plan import machines, program
 from xlstm_jax.plan.program import Plan
@@ -118,7 +117,10 @@ def describe(found: Plan) -> str:
     f"model        {found.parameters:,} parameters",
     f"batch        {found.batch_size} rows of {found.context} tokens in "
     f"{found.accumulation} parts, remat {found.remat}",
-    f"mLSTM        {found.mlstm} ({_form(found)})",
+    *(
+      f"{cell:13}{backend} ({_form(found, cell)})"
+      for cell, backend in found.backends.items()
+    ),
     f"FLOPs        {found.flops_per_token:.4g} a token, without recomputation"
     + _at_peak(found),
     f"compiled in  {metrics.duration(found.compile_seconds)}",
@@ -149,11 +151,11 @@ def describe(found: Plan) -> str:
   return "\n".join(lines)
 
 
-def _form(found: Plan) -> str:
-  if found.mlstm in KERNELS:
+def _form(found: Plan, cell: str) -> str:
+  if cell in found.kernels:
     return "kernel"
-  if found.platform == "tpu":
-    return "native form; there is no TPU kernel yet"
+  if cell in found.without_kernel:
+    return f"native form; there is no {found.platform.upper()} kernel yet"
   return "native form"
 
 

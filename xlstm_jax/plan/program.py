@@ -15,7 +15,7 @@ from xlstm_jax.models import counts
 from xlstm_jax.models.language_model import Definition
 from xlstm_jax.plan.collectives import Traffic, collectives, traffic
 from xlstm_jax.plan.machines import Machine
-from xlstm_jax.train import kernels
+from xlstm_jax.train import kernels, memory
 from xlstm_jax.train import state as states
 from xlstm_jax.train import step as steps
 
@@ -37,7 +37,9 @@ class Plan:
     context: tokens of a row.
     accumulation: parts of a step.
     remat: what the backward pass recomputes.
-    mlstm: the backend of the mLSTM cells.
+    backends: Of each cell, by its name.
+    kernels: The cells whose backend is a kernel.
+    without_kernel: The cells for which no kernel is written on this platform.
     parameters: of the model.
     flops_per_token: of the model, forward and backward, without recomputation.
     seconds_at_peak: of a step, if all devices did those FLOPs at their peak.
@@ -63,7 +65,9 @@ class Plan:
   context: int
   accumulation: int
   remat: str
-  mlstm: str
+  backends: dict[str, str]
+  kernels: tuple[str, ...]
+  without_kernel: tuple[str, ...]
   parameters: int
   flops_per_token: float
   seconds_at_peak: float | None
@@ -97,16 +101,17 @@ def plan(cfg: RunConfig, machine: Machine) -> Plan:
   batch = steps.abstract_batch(cfg, mesh)
   tokens = cfg.batch_size * cfg.data.context
   flops = counts.train_flops_per_token(cfg.model, cfg.data.context)
+  platform = machine.devices[0].platform
   device_kind = machine.devices[0].device_kind
   peak_flops = metrics.peak_flops(device_kind)
   started = time.monotonic()
   with jax.set_mesh(mesh):
-    mlstm = kernels.backend(cfg, mesh)
+    cells = kernels.cells(cfg, mesh)
     lowered = steps.compiled(definition, cfg, mesh).lower(state, batch)
-    memory, communication = _compile(lowered)
+    found, communication = _compile(lowered)
   return Plan(
     topology=machine.name,
-    platform=machine.devices[0].platform,
+    platform=platform,
     device_kind=device_kind,
     devices=len(machine.devices),
     mesh=dict(mesh.shape),
@@ -114,7 +119,13 @@ def plan(cfg: RunConfig, machine: Machine) -> Plan:
     context=cfg.data.context,
     accumulation=cfg.accumulation,
     remat=cfg.compute.remat,
-    mlstm=mlstm,
+    backends={cell.registry.cell: b.name for cell, b in cells},
+    kernels=tuple(cell.registry.cell for cell, b in cells if b.is_kernel),
+    without_kernel=tuple(
+      cell.registry.cell
+      for cell, _ in cells
+      if not cell.registry.has_kernel_for(platform)
+    ),
     parameters=counts.parameters(cfg.model),
     flops_per_token=flops,
     seconds_at_peak=(
@@ -128,9 +139,9 @@ def plan(cfg: RunConfig, machine: Machine) -> Plan:
     memory=machine.memory,
     device_memory=machine.device_memory,
     collectives=communication,
-    temporary_bytes=memory.temporary,
-    program_bytes=memory.program,
-    peak_bytes=memory.peak,
+    temporary_bytes=found.temporary,
+    program_bytes=found.program,
+    peak_bytes=found.peak,
     compile_seconds=time.monotonic() - started,
   )
 
@@ -161,12 +172,12 @@ def _compile(lowered: Any) -> tuple[_Memory, dict[str, Traffic]]:
       raise
     return _Memory(None, None, needed), {}
   used = compiled.memory_analysis()
-  stored = used.argument_size_in_bytes + used.output_size_in_bytes
-  stored -= used.alias_size_in_bytes
-  temporary = used.temp_size_in_bytes
-  program = used.generated_code_size_in_bytes
-  memory = _Memory(temporary, program, stored + temporary + program)
-  return memory, traffic(collectives(compiled.as_text()))
+  found = _Memory(
+    used.temp_size_in_bytes,
+    used.generated_code_size_in_bytes,
+    memory.taken(compiled),
+  )
+  return found, traffic(collectives(compiled.as_text()))
 
 
 def out_of_memory(message: str) -> int | None:

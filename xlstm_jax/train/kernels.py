@@ -1,14 +1,11 @@
-"""The compiled step of a run, and a look at its kernel before it trains."""
+"""The compiled step of a run, and a look at its kernels before it trains."""
 
 import concurrent.futures
-import functools
-from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
-from xlstm_jax.cells.mlstm import KERNELS, backends, self_test
+from xlstm_jax.cells.backends import AUTO, Backend, Cell, Share
 from xlstm_jax.config import RunConfig
 from xlstm_jax.sharding import batch_shards
 from xlstm_jax.train import memory
@@ -20,82 +17,62 @@ from xlstm_jax.train.run import Run, say
 def checked_step(run: Run) -> Any:
   """The compiled training step, on the current mesh, if it fits and is right.
 
-  A kernel, whether it was named or "auto" chose it, is compared with the native
-  form at the run's shapes on a device. That takes an instant, but the program
-  has to be compiled: it is while XLA compiles the step. Of a GPU on which
-  "auto" chose no kernel it says why.
+  Each kernel, whether it was named or "auto" chose it, is compared with the
+  native form at the run's shapes on a device. That takes an instant, but the
+  program has to be compiled: it is while XLA compiles the step. Of a kernel for
+  this platform that "auto" passes over it says why.
 
   Raises:
-    UserError: they disagree, the kernel refuses the device or the shapes, or
-      the step takes more memory than a device has.
+    UserError: they disagree, a kernel refuses the device or the shapes, or the
+      step takes more memory than a device has.
   """
-  prepare = _comparison(run)
+  kernels = _kernels(run)
   lowered = steps.compiled(run.definition, run.cfg, run.mesh).lower(
     states.abstract(run.definition, run.mesh),
     steps.abstract_batch(run.cfg, run.mesh),
   )
-  if prepare is None:
-    compiled = lowered.compile()
-    memory.check(compiled)
-    return compiled
   with concurrent.futures.ThreadPoolExecutor(1) as thread:
-    prepared = thread.submit(prepare)
+    comparisons = [
+      thread.submit(cell.prepare, backend.name) for cell, backend in kernels
+    ]
     compiled = lowered.compile()
     memory.check(compiled)
-    prepared.result()()
-  name = backend(run.cfg, run.mesh)
-  say(f"kernels   {name} agrees with the native form on this device")
+    for (cell, backend), comparison in zip(kernels, comparisons, strict=True):
+      comparison.result()()
+      name = f"{cell.registry.cell} backend {backend.name}"
+      say(f"kernels   {name} agrees with the native form on this device")
   return compiled
 
 
-def _comparison(run: Run) -> Callable[[], Callable[[], None]] | None:
-  """What prepares the comparison of the run's kernel, if it has one."""
-  if set(run.cfg.model.kinds) == {"slstm"}:
-    return None
-  name = backend(run.cfg, run.mesh)
-  if name not in KERNELS:
-    if name != run.cfg.compute.mlstm_backend and jax.default_backend() == "gpu":
-      reason = backends.left_out(**_cell(run.cfg, run.mesh))
-      say(f"kernels   native mLSTM, not pallas_gpu: {reason}")
-    return None
-  mixer = run.cfg.model.memory
-  return functools.partial(
-    self_test.prepared,
-    name,
-    share(run.cfg, run.mesh),
-    dtype=run.cfg.compute.dtype,
-    chunk=run.cfg.compute.mlstm_chunk,
-    input_gate=mixer.input_gate,
-    normalize=mixer.normalize,
-    eps=mixer.eps,
-  )
+def _kernels(run: Run) -> list[tuple[Cell, Backend]]:
+  """The cells of the run that a kernel computes."""
+  found = []
+  for cell, backend in cells(run.cfg, run.mesh):
+    registry = cell.registry
+    if backend.is_kernel:
+      found.append((cell, backend))
+    elif getattr(run.cfg.compute, registry.setting) == AUTO:
+      for name, reason in registry.passed_over(cell.shapes).items():
+        say(f"kernels   native {registry.cell}, not {name}: {reason}")
+  return found
 
 
-def backend(cfg: RunConfig, mesh: Mesh) -> str:
-  """The mLSTM backend of a training step, on the current mesh's device."""
-  return backends.choice(cfg.compute.mlstm_backend, **_cell(cfg, mesh))
+def cells(cfg: RunConfig, mesh: Mesh) -> list[tuple[Cell, Backend]]:
+  """The cells of a training step, and what computes them on the current mesh.
 
-
-def _cell(cfg: RunConfig, mesh: Mesh) -> dict[str, Any]:
-  """What the choice of a backend depends on."""
-  shape = share(cfg, mesh)
-  return {
-    "time": shape.T,
-    "dtype": cfg.compute.dtype,
-    "key_dim": shape.K,
-    "value_dim": shape.V,
-    "chunk": cfg.compute.mlstm_chunk,
-  }
-
-
-def share(cfg: RunConfig, mesh: Mesh) -> self_test.Shape:
-  """What one device computes of a part of a step."""
-  mixer = cfg.model.memory
-  K, V = mixer.head_channels(cfg.model.width)
-  return self_test.Shape(
+  Raises:
+    UserError: the configuration names a backend that cannot.
+  """
+  share = Share(
     B=cfg.batch_size // cfg.accumulation // batch_shards(mesh),
     T=cfg.data.context // mesh.shape["sequence"],
-    H=mixer.num_heads // mesh.shape["tensor"],
-    K=K,
-    V=V,
+    width=cfg.model.width,
+    tensor=mesh.shape["tensor"],
   )
+  found = []
+  for row, mixer in cfg.model.kinds_used.values():
+    if row.cell is not None:
+      cell = row.cell(mixer, share, cfg.compute)
+      name = getattr(cfg.compute, cell.registry.setting)
+      found.append((cell, cell.registry.choose(name, cell.shapes)))
+  return found

@@ -1,13 +1,11 @@
 """One function for the mLSTM, whatever computes it."""
 
-import functools
-import logging
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Float, Int
 
+from xlstm_jax.cells.backends import Backend, Registry
 from xlstm_jax.cells.documents import documents
 from xlstm_jax.cells.mlstm import sequence
 from xlstm_jax.cells.mlstm.chunkwise import chunkwise
@@ -25,16 +23,65 @@ from xlstm_jax.cells.precision import accumulator
 from xlstm_jax.cells.varying import alike
 from xlstm_jax.errors import UserError
 
-# Every form takes what `mlstm` passes on; one without chunks ignores `chunk`.
-BACKENDS = {
-  "recurrent": recurrent,
-  "parallel": parallel,
-  "chunkwise": chunkwise,
-}
-# These run on one platform and refuse others. "auto" names them where they run.
-KERNELS = {"pallas_gpu": pallas_gpu}
 
-_log = logging.getLogger(__name__)
+class Shapes(NamedTuple):
+  """What a device computes.
+
+  Attributes:
+    B: Rows.
+    T: Tokens of a row.
+    H: Heads.
+    K: Channels of a head's keys.
+    V: Channels of a head's values.
+    dtype: Of queries, keys and values.
+    chunk: As `mlstm` takes it.
+  """
+
+  B: int
+  T: int
+  H: int
+  K: int
+  V: int
+  dtype: str
+  chunk: int | None = None
+
+
+def _one_after_another(shapes: Shapes) -> str | None:
+  return "it computes one token after the other" if shapes.T > 1 else None
+
+
+def _why_not_pallas_gpu(device: Any, shapes: Shapes) -> str | None:
+  chunk = min(CHUNKS) if shapes.chunk is None else shapes.chunk
+  return device_refusal(device) or refusal(
+    shapes.dtype, shapes.K, shapes.V, chunk
+  )
+
+
+def _shorter_than_a_chunk(shapes: Shapes) -> str | None:
+  if min(CHUNKS) > shapes.T:
+    return f"its chunks are longer than {shapes.T} tokens"
+  return None
+
+
+# Every form takes what `mlstm` passes on; one without chunks ignores `chunk`.
+# A new one, in a file or a folder beside this one, has a row here.
+BACKENDS = Registry(
+  "mLSTM",
+  "mlstm_backend",
+  "chunkwise",
+  (
+    Backend("recurrent", recurrent, why_not_auto=_one_after_another),
+    Backend(
+      "pallas_gpu",
+      pallas_gpu,
+      why_not=_why_not_pallas_gpu,
+      why_not_auto=_shorter_than_a_chunk,
+      platform="gpu",
+    ),
+    Backend("chunkwise", chunkwise),
+    Backend("parallel", parallel),
+  ),
+)
 
 
 def mlstm(
@@ -71,7 +118,7 @@ def mlstm(
       overflows where the true value does.
     eps: Added to the denominator in the scale of the stabilised state.
     chunk: Tokens per chunk, in backends that have them; None chooses.
-    backend: A name in `BACKENDS` or `KERNELS`, or "auto".
+    backend: A name in `BACKENDS`, or "auto".
     axis_name: Mesh axis over which longer rows are split, this device having
       T tokens of each; see `xlstm_jax.cells.mlstm.sequence`. The state, given
       and returned, is that of the whole rows on every device.
@@ -87,11 +134,15 @@ def mlstm(
     raise UserError(
       f"input_gate is {input_gate!r}; it must be 'exp' or 'sigmoid'."
     )
-  form = _form(backend, chunk, q_BTHK, v_BTHV)
+  if chunk is not None and chunk < 1:
+    raise UserError(f"The chunk is {chunk}; a chunk holds at least 1 token.")
+  B, T, H, K = q_BTHK.shape
+  V = v_BTHV.shape[-1]
+  shapes = Shapes(B, T, H, K, V, dtype=str(q_BTHK.dtype), chunk=chunk)
+  form = BACKENDS.choose(backend, shapes)
   wide = accumulator(q_BTHK.dtype)
   if state is None:
-    batch, _, heads, key_dim = q_BTHK.shape
-    state = empty_state(batch, heads, key_dim, v_BTHV.shape[-1], wide)
+    state = empty_state(B, H, K, V, wide)
   q_BTHK, k_BTHK, v_BTHV, i_BTH, f_BTH, segments_BT, state = alike(
     q_BTHK, k_BTHK, v_BTHV, i_BTH, f_BTH, segments_BT, state
   )
@@ -101,7 +152,7 @@ def mlstm(
     before_B = sequence.segment_before(segments_BT, state.segment_B, axis_name)
   else:
     before_B = state.segment_B
-  tokens = documents(segments_BT, before_B, q_BTHK.shape[1])
+  tokens = documents(segments_BT, before_B, T)
   log_i_BTH, log_f_BTH = log_gates(
     i_BTH.astype(wide),
     f_BTH.astype(wide),
@@ -114,7 +165,7 @@ def mlstm(
     own = update(inputs, before_B, stabilize=stabilize)
     state = sequence.entering(own, state, axis_name, q_BTHK.dtype)
   state = state._replace(segment_B=before_B)
-  h_BTHV, state = form(
+  h_BTHV, last = form.run(
     q_BTHK,
     k_BTHK,
     v_BTHV,
@@ -128,10 +179,10 @@ def mlstm(
     chunk=chunk,
   )
   h_BTHV = jnp.where(tokens.real_BT[..., None, None], h_BTHV, 0)
-  state = state._replace(segment_B=tokens.last_B)
+  last = last._replace(segment_B=tokens.last_B)
   if axis_name is not None:
-    state = sequence.leaving(state, axis_name)
-  return h_BTHV.astype(q_BTHK.dtype), state
+    last = sequence.leaving(last, axis_name)
+  return h_BTHV.astype(q_BTHK.dtype), last
 
 
 def mlstm_step(
@@ -162,75 +213,3 @@ def mlstm_step(
     backend="recurrent",
   )
   return h_B1HV[:, 0], state
-
-
-def choice(
-  backend: str,
-  time: int,
-  *,
-  dtype: DTypeLike,
-  key_dim: int,
-  value_dim: int,
-  chunk: int | None = None,
-) -> str:
-  """The backend that computes such tokens where `backend` is named.
-
-  Args:
-    backend: as in `mlstm`.
-    time: tokens of a row.
-    dtype: of queries, keys and values.
-    key_dim, value_dim: channels of a head.
-    chunk: as in `mlstm`.
-  """
-  if backend != "auto":
-    return backend
-  if time == 1:
-    return "recurrent"
-  reason = left_out(
-    time, dtype=dtype, key_dim=key_dim, value_dim=value_dim, chunk=chunk
-  )
-  backend = "chunkwise" if reason else "pallas_gpu"
-  _announce(backend, jax.default_backend(), reason)
-  return backend
-
-
-def left_out(
-  time: int,
-  *,
-  dtype: DTypeLike,
-  key_dim: int,
-  value_dim: int,
-  chunk: int | None = None,
-) -> str | None:
-  """Why "auto" does not choose the kernel, or None; arguments of `choice`."""
-  if time < CHUNKS[0]:
-    return f"its chunks are longer than {time} tokens"
-  return device_refusal() or refusal(
-    dtype, key_dim, value_dim, CHUNKS[0] if chunk is None else chunk
-  )
-
-
-def _form(backend: str, chunk: int | None, q_BTHK, v_BTHV):
-  """The function that computes the cell, chosen and checked."""
-  backend = choice(
-    backend,
-    q_BTHK.shape[1],
-    dtype=q_BTHK.dtype,
-    key_dim=q_BTHK.shape[-1],
-    value_dim=v_BTHV.shape[-1],
-    chunk=chunk,
-  )
-  forms = BACKENDS | KERNELS
-  if backend not in forms:
-    names = ", ".join(forms)
-    raise UserError(f"There is no mLSTM backend {backend!r}; choose {names}.")
-  if chunk is not None and chunk < 1:
-    raise UserError(f"The chunk is {chunk}; a chunk holds at least 1 token.")
-  return forms[backend]
-
-
-@functools.cache
-def _announce(backend: str, platform: str, reason: str | None) -> None:
-  if platform == "gpu" and reason:
-    backend = f"{backend}, not pallas_gpu: {reason}"
-  _log.info("mLSTM backend on %s: %s", platform, backend)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
+from xlstm_jax.cells.backends import this_device
 from xlstm_jax.cells.documents import Documents
 from xlstm_jax.cells.mlstm.pallas_gpu_blocks import (
   CHUNKS,
@@ -34,7 +35,6 @@ from xlstm_jax.cells.mlstm.pallas_gpu_gates import (
   sums_from,
 )
 from xlstm_jax.cells.mlstm.state import State
-from xlstm_jax.errors import UserError
 
 MULTIPROCESSORS = 132
 MAX_DIM = 1280
@@ -74,23 +74,12 @@ def pallas_gpu(
   The gradient is the true one but for the stabiliser in `eps exp(m)`, which
   counts as a constant. With `interpret` (`InterpretGPUParams`) the kernels'
   logic runs on any device, slowly.
-
-  Raises:
-    UserError: If the kernels cannot run here or on these arrays.
   """
   key_dim, value_dim = q_BTHK.shape[-1], v_BTHV.shape[-1]
-  blocks = best(_device().device_kind, key_dim, value_dim)
+  blocks = best(this_device().device_kind, key_dim, value_dim)
   if chunk is not None:
     blocks = blocks._replace(chunk=chunk)
   chunk = blocks.chunk
-  reason = refusal(q_BTHK.dtype, key_dim, value_dim, chunk)
-  if reason is None and not interpret:
-    reason = device_refusal()
-  if reason is not None:
-    raise UserError(
-      f"The mLSTM backend 'pallas_gpu' cannot run: {reason}. Choose another "
-      "backend, for example 'chunkwise'."
-    )
   time = q_BTHK.shape[1]
   past = _rescaled(state, jax.lax.stop_gradient(state.m_BH))
 
@@ -152,9 +141,9 @@ def refusal(
   return None
 
 
-def device_refusal() -> str | None:
-  """Why the kernels do not run on this device, or None."""
-  device = _device()
+def device_refusal(device: Any = None) -> str | None:
+  """Why the kernels do not run on a device, or None; by default on this one."""
+  device = device or this_device()
   if isinstance(device, jax.Device):
     hopper = getattr(device, "compute_capability", None) == "9.0"
   else:
@@ -165,15 +154,6 @@ def device_refusal() -> str | None:
       f"{device.device_kind}"
     )
   return None
-
-
-def _device() -> Any:
-  """That of the mesh, which need not be there, else the default one."""
-  device = jax.devices()[0]
-  described = jax.sharding.get_abstract_mesh().abstract_device
-  if described is not None and described.device_kind != device.device_kind:
-    return described
-  return device
 
 
 def _kernels():

@@ -1,30 +1,20 @@
-"""Whether a kernel computes on this device what the native form does.
-
-Kernels have been wrong on one generation of devices and right on the next, and
-in their gradients alone. So a run looks before its first step.
-"""
+"""The comparison of an mLSTM kernel with the native form, by an example."""
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from xlstm_jax.cells.mlstm.backends import mlstm
+from xlstm_jax.cells import self_test
+from xlstm_jax.cells.mlstm.backends import BACKENDS, mlstm
 from xlstm_jax.cells.precision import accumulator, rounded
-from xlstm_jax.errors import UserError
 
-NATIVE = "chunkwise"
-# The tests hold kernels to twice the native error. Here no sound kernel may be
-# refused for the luck of one draw, and a wrong one is off by far more.
-FACTOR = 16.0
 DOCUMENTS = 3
 # Of the first token of the last document, which then rules its memory.
 LOUD = 12.0
-# What XLA would time on the GPU to make the native form fast, it does not need.
-UNTUNED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
 class Shape(NamedTuple):
@@ -35,20 +25,6 @@ class Shape(NamedTuple):
   H: int
   K: int
   V: int
-
-
-class Finding(NamedTuple):
-  """The error of a tensor, root mean square of the worst row and head.
-
-  Attributes:
-    kernel: of the kernel.
-    native: of the native form in the same types.
-    allowed: what the kernel's may be.
-  """
-
-  kernel: float
-  native: float
-  allowed: float
 
 
 def prepared(
@@ -78,75 +54,26 @@ def prepared(
   Raises:
     UserError: the backend refuses the device or the shape.
   """
-  lowered = _measured.lower(
+
+  def tensors(inputs, as_dtype: str, form: str):
+    return _values_and_gradients(
+      inputs,
+      dtype=as_dtype,
+      backend=form,
+      chunk=chunk if form == backend else None,
+      input_gate=input_gate,
+      normalize=normalize,
+      eps=eps,
+    )
+
+  return self_test.prepared(
+    BACKENDS,
+    backend,
     shape,
     dtype=dtype,
-    backend=backend,
-    chunk=chunk,
-    input_gate=input_gate,
-    normalize=normalize,
-    eps=eps,
+    example=functools.partial(_example, shape, dtype),
+    tensors=tensors,
   )
-  measure = lowered.compile(UNTUNED if jax.default_backend() == "gpu" else None)
-
-  def compare():
-    _judge(backend, shape, findings(measure()))
-
-  return compare
-
-
-def findings(measured: dict[str, Any]) -> dict[str, Finding]:
-  """The errors of h and of the gradients against the native form in float32."""
-  ulp = float(jnp.finfo(jnp.float32).eps)
-  return {
-    name: Finding(kernel, native, FACTOR * native + 4 * ulp * largest)
-    for name, (kernel, native, largest) in jax.tree.map(float, measured).items()
-  }
-
-
-def _judge(backend: str, shape: Shape, found: dict[str, Finding]) -> None:
-  # A NaN is not below anything.
-  wrong = [name for name, f in found.items() if not f.kernel <= f.allowed]
-  if wrong:
-    figures = ", ".join(
-      f"{name} is off by {found[name].kernel:.2g} where the native form is by "
-      f"{found[name].native:.2g}"
-      for name in wrong
-    )
-    raise UserError(
-      f"The mLSTM backend {backend!r} computes wrongly on "
-      f"{jax.devices()[0].device_kind} at {shape}: {figures}. Train with "
-      f"--config.compute.mlstm_backend={NATIVE}, and report this."
-    )
-
-
-@functools.partial(
-  jax.jit,
-  static_argnames=(
-    "shape",
-    "dtype",
-    "backend",
-    "chunk",
-    "input_gate",
-    "normalize",
-    "eps",
-  ),
-)
-def _measured(shape: Shape, *, dtype: str, backend: str, chunk, **options):
-  """Errors of the kernel and of the native form, and the largest truth."""
-  inputs = _example(shape, dtype)
-  of = functools.partial(_values_and_gradients, inputs, **options)
-  truth = of(dtype="float32", backend=NATIVE, chunk=None)
-  native = of(dtype=dtype, backend=NATIVE, chunk=None)
-  kernel = of(dtype=dtype, backend=backend, chunk=chunk)
-  return {
-    name: (
-      _error(kernel[name], x),
-      _error(native[name], x),
-      jnp.abs(x.astype(jnp.float32)).max(),
-    )
-    for name, x in truth.items()
-  }
 
 
 def _example(shape: Shape, dtype: str) -> dict[str, jax.Array]:
@@ -197,12 +124,3 @@ def _values_and_gradients(inputs, *, dtype, **options) -> dict[str, jax.Array]:
 
   grads, h_BTHV = jax.grad(loss, has_aux=True)(tokens | gates)
   return {"h": h_BTHV} | {f"d{name}": grad for name, grad in grads.items()}
-
-
-def _error(
-  x: Float[Array, "B T H *"], truth: Float[Array, "B T H *"]
-) -> Float[Array, ""]:
-  """Root mean square over time and channels, the worst of rows and heads."""
-  squares = jnp.square(x.astype(jnp.float32) - truth.astype(jnp.float32))
-  axes = (1, *range(3, squares.ndim))
-  return jnp.sqrt(squares.mean(axes).max())

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from xlstm_jax.cells import recurrence
-from xlstm_jax.cells.precision import accumulator
 
 
 class State(NamedTuple):
@@ -34,27 +33,7 @@ def empty_state(
 def cell(
   raw_BGHD: Float[Array, "B G H D"], units: recurrence.Units
 ) -> recurrence.Units:
-  """One step of every unit, as defined in `slstm`."""
-  i, f, z, o = jnp.moveaxis(raw_BGHD, 1, 0)
-  _, c, n, m = units
-  # A unit that holds nothing (n = 0) has no scale: the first input sets it.
-  carried = jnp.where(n == 0, -jnp.inf, jax.nn.log_sigmoid(f) + m)
-  m = jnp.where(carried >= i, carried, i)
-  forget, write = jnp.exp(carried - m), jnp.exp(i - m)
-  c = forget * c + write * jnp.tanh(z)
-  n = forget * n + write
-  return jax.nn.sigmoid(o) * c / n, c, n, m
-
-
-def slstm(
-  x_BTGHD: Float[Array, "B T 4 H D"],
-  R_GHDE: Float[Array, "4 H D D"],
-  b_GHD: Float[Array, "4 H D"],
-  *,
-  segments_BT: Int[Array, "B T"] | None = None,
-  state: State | None = None,
-) -> tuple[Float[Array, "B T H D"], State]:
-  """Runs the sLSTM cell over T tokens.
+  """One step of every unit.
 
   With gates in the order i, f, z, o and raw_t = x_t + y_{t-1} R + b, for
   every unit
@@ -72,42 +51,13 @@ def slstm(
 
   and n' likewise (Beck et al., xLSTM: Extended Long Short-Term Memory, 2024,
   eq. 8-17). y does not depend on m, and the gradient is taken through m.
-
-  Args:
-    x_BTGHD: The inputs' part of the gates.
-    R_GHDE: One matrix per gate and head, from D units y to D units. Its type
-      is that of the operands of the product y R.
-    b_GHD: Biases.
-    segments_BT: Document of each token, see `xlstm_jax.cells.documents`;
-      without it every token is real and continues the state.
-    state: What the last call returned; None is the empty past.
-
-  Returns:
-    y in the type of x (0 at padding) and the state after the last token.
   """
-  if state is None:
-    batch, _, _, heads, head_dim = x_BTGHD.shape
-    state = empty_state(batch, heads, head_dim, accumulator(x_BTGHD.dtype))
-  y_BTHD, units, segment_B = recurrence.run(
-    cell, x_BTGHD, R_GHDE, b_GHD, segments_BT, state[:-1], state.segment_B
-  )
-  return y_BTHD, State(*units, segment_B=segment_B)
-
-
-def slstm_step(
-  x_BGHD: Float[Array, "B 4 H D"],
-  R_GHDE: Float[Array, "4 H D D"],
-  b_GHD: Float[Array, "4 H D"],
-  *,
-  segments_B: Int[Array, "B"] | None = None,
-  state: State | None = None,
-) -> tuple[Float[Array, "B H D"], State]:
-  """`slstm` for a single token per row."""
-  y_B1HD, state = slstm(
-    x_BGHD[:, None],
-    R_GHDE,
-    b_GHD,
-    segments_BT=None if segments_B is None else segments_B[:, None],
-    state=state,
-  )
-  return y_B1HD[:, 0], state
+  i, f, z, o = jnp.moveaxis(raw_BGHD, 1, 0)
+  _, c, n, m = units
+  # A unit that holds nothing (n = 0) has no scale: the first input sets it.
+  carried = jnp.where(n == 0, -jnp.inf, jax.nn.log_sigmoid(f) + m)
+  m = jnp.where(carried >= i, carried, i)
+  forget, write = jnp.exp(carried - m), jnp.exp(i - m)
+  c = forget * c + write * jnp.tanh(z)
+  n = forget * n + write
+  return jax.nn.sigmoid(o) * c / n, c, n, m

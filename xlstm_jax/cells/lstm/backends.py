@@ -1,0 +1,68 @@
+"""One function for the LSTM, whatever computes it."""
+
+from functools import partial
+
+from jaxtyping import Array, Float, Int
+
+from xlstm_jax.cells import recurrence
+from xlstm_jax.cells.backends import Backend, Registry
+from xlstm_jax.cells.lstm.recurrent import State, cell, empty_state
+from xlstm_jax.cells.precision import accumulator
+
+# Every form takes what `recurrence.run` passes on. A new one, in a file or a
+# folder beside this one, has a row here.
+BACKENDS = Registry(
+  "LSTM",
+  "lstm_backend",
+  "recurrent",
+  (Backend("recurrent", partial(recurrence.scan, cell)),),
+)
+
+
+def lstm(
+  x_BTGHD: Float[Array, "B T 4 H D"],
+  R_GHDE: Float[Array, "4 H D D"],
+  b_GHD: Float[Array, "4 H D"],
+  *,
+  segments_BT: Int[Array, "B T"] | None = None,
+  state: State | None = None,
+  backend: str = "auto",
+) -> tuple[Float[Array, "B T H D"], State]:
+  """Runs the LSTM cell over T tokens.
+
+  Arguments and results are those of `xlstm_jax.cells.slstm.slstm`.
+  """
+  if state is None:
+    batch, _, _, heads, head_dim = x_BTGHD.shape
+    state = empty_state(batch, heads, head_dim, accumulator(x_BTGHD.dtype))
+  y_BTHD, units, segment_B = recurrence.run(
+    BACKENDS,
+    backend,
+    x_BTGHD,
+    R_GHDE,
+    b_GHD,
+    segments_BT,
+    state[:-1],
+    state.segment_B,
+  )
+  return y_BTHD, State(*units, segment_B=segment_B)
+
+
+def lstm_step(
+  x_BGHD: Float[Array, "B 4 H D"],
+  R_GHDE: Float[Array, "4 H D D"],
+  b_GHD: Float[Array, "4 H D"],
+  *,
+  segments_B: Int[Array, "B"] | None = None,
+  state: State | None = None,
+) -> tuple[Float[Array, "B H D"], State]:
+  """`lstm` for a single token per row."""
+  y_B1HD, state = lstm(
+    x_BGHD[:, None],
+    R_GHDE,
+    b_GHD,
+    segments_BT=None if segments_B is None else segments_B[:, None],
+    state=state,
+    backend="recurrent",
+  )
+  return y_B1HD[:, 0], state
