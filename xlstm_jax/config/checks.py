@@ -47,6 +47,7 @@ _AT_LEAST = {
   "log_every": 1,
   "eval_every": 1,
   "eval_tokens": 1,
+  "diagnose_every": 1,
   "save_every": 1,
   "loss_chunk": 1,
   "data.context": 1,
@@ -296,6 +297,12 @@ def _other_problems(cfg: RunConfig) -> Iterator[str]:
       f"With config.eval_every={every} and save_every={cfg.save_every} hardly "
       "any checkpoint is evaluated and could be the best: make one a multiple "
       "of the other, or set checkpoint.keep_best=0."
+    )
+  if cfg.diagnose_every is not None and set(cfg.model.kinds) == {"slstm"}:
+    yield (
+      f"config.diagnose_every is {cfg.diagnose_every}, but all blocks are "
+      "sLSTM, and only mLSTM blocks have memories to diagnose: set "
+      "diagnose_every=none."
     )
   wide = "float64" in (cfg.compute.dtype, cfg.compute.param_dtype)
   if wide and not jax.config.jax_enable_x64:

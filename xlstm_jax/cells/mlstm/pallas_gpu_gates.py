@@ -156,8 +156,8 @@ def _stabilizers(i, f, upto, id_, start, m_BH, segment_B):
 
 def parts_of_states(
   scales: Scales, first_BHKV: Float[Array, "B H K V"]
-) -> Int[Array, "B H N+1"]:
-  """In how many parts the states between chunks are kept: 1, or 2.
+) -> Int[Array, "B H _"]:
+  """In how many parts the N+1 states between chunks are kept: 1, or 2.
 
   In one part C is rounded to 8 bits, which changes C^T q by 1e-3 of its usual
   size; n is not rounded. If C is the sum of few tokens, C^T q and n^T q are far
