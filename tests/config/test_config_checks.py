@@ -100,6 +100,11 @@ def test_there_may_be_no_data_yet():
     ({"batch_size": -8}, r"config\.batch_size is -8; .* at least 1"),
     ({"accumulation": 0}, r"config\.accumulation is 0; .* at least 1"),
     ({"eval_every": 0}, r"config\.eval_every is 0; .* at least 1"),
+    ({"diagnose_every": 0}, r"config\.diagnose_every is 0; .* at least 1"),
+    (
+      {"diagnose_every": 5, "model__slstm_at": tuple(range(24))},
+      "diagnose_every is 5, but no block is an mLSTM.*diagnose_every=none",
+    ),
     ({"loss_chunk": 0}, r"config\.loss_chunk is 0; .* at least 1"),
     ({"data__context": 0}, r"config\.data\.context is 0; .* at least 1"),
     ({"checkpoint__keep_latest": 0}, r"keep_latest is 0; .* at least 1"),

@@ -12,6 +12,7 @@ from xlstm_jax.config.conversion import value_of
 from xlstm_jax.config.run import RunConfig
 from xlstm_jax.data.format import Manifest
 from xlstm_jax.errors import UserError
+from xlstm_jax.mixers.memory import memory_cell
 from xlstm_jax.models.config import ModelConfig
 from xlstm_jax.models.kinds import KINDS
 from xlstm_jax.ranges import range_of
@@ -50,6 +51,7 @@ _AT_LEAST = {
   "log_every": 1,
   "eval_every": 1,
   "eval_tokens": 1,
+  "diagnose_every": 1,
   "save_every": 1,
   "loss_chunk": 1,
   "data.context": 1,
@@ -257,6 +259,14 @@ def _other_problems(cfg: RunConfig) -> Iterator[str]:
       f"With config.eval_every={every} and save_every={cfg.save_every} hardly "
       "any checkpoint is evaluated and could be the best: make one a multiple "
       "of the other, or set checkpoint.keep_best=0."
+    )
+  if cfg.diagnose_every is not None and not any(
+    KINDS[kind].cell is memory_cell for kind in cfg.model.kinds
+  ):
+    yield (
+      f"config.diagnose_every is {cfg.diagnose_every}, but no block "
+      "is an mLSTM, and only these have memories to diagnose: set "
+      "diagnose_every=none."
     )
   wide = "float64" in (cfg.compute.dtype, cfg.compute.param_dtype)
   if wide and not jax.config.jax_enable_x64:

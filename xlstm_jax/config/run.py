@@ -82,6 +82,8 @@ class RunConfig:
     eval_every: steps between held-out evaluations; None for none. The last
       step is then evaluated too.
     eval_tokens: tokens of an evaluation at most; None for the whole split.
+    diagnose_every: steps between records of what rules the mLSTMs' memories;
+      None for none. The last step is then recorded too.
     save_every: steps between checkpoints; the last step is always saved.
     save_minutes: also save when the last checkpoint is older, at the next step
       that is logged; None for no such limit.
@@ -107,6 +109,7 @@ class RunConfig:
   log_every: int = 10
   eval_every: int | None = None
   eval_tokens: int | None = None
+  diagnose_every: int | None = None
   save_every: int = 1000
   save_minutes: float | None = None
   init_from: str | None = None

@@ -1,6 +1,9 @@
 """The mLSTM cell as both mixers run it: configured, and on the mesh."""
 
-from typing import Literal, Protocol, runtime_checkable
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
@@ -35,6 +38,37 @@ class MemoryConfig(Protocol):
   def head_channels(self, width: int) -> tuple[int, int]: ...
 
 
+class Observation(NamedTuple):
+  """What decides which tokens rule a memory, and how it is read."""
+
+  q_BTHK: Float[Array, "B T H K"]
+  k_BTHK: Float[Array, "B T H K"]
+  i_BTH: Float[Array, "B T H"]
+  f_BTH: Float[Array, "B T H"]
+  cfg: MemoryConfig
+
+
+_OBSERVED: contextvars.ContextVar[list[Observation] | None] = (
+  contextvars.ContextVar("observed", default=None)
+)
+
+
+@contextlib.contextmanager
+def observed() -> Iterator[list[Observation]]:
+  """Within, every call of `memory` adds what it is given to the list.
+
+  Inside `jax.jit` these are values of the trace. They can be used there only if
+  no block was scanned or rematerialised in a trace of its own: the model needs
+  `Compute.scan=False` and `remat="none"`.
+  """
+  found: list[Observation] = []
+  token = _OBSERVED.set(found)
+  try:
+    yield found
+  finally:
+    _OBSERVED.reset(token)
+
+
 def memory(
   q_BTHK: Float[Array, "B T H K"],
   k_BTHK: Float[Array, "B T H K"],
@@ -48,6 +82,9 @@ def memory(
   compute: Compute,
 ) -> tuple[Float[Array, "B T H V"], mlstm.State]:
   """`cells.mlstm.mlstm`, each device running it on its rows, heads and time."""
+  found = _OBSERVED.get()
+  if found is not None:
+    found.append(Observation(q_BTHK, k_BTHK, i_BTH, f_BTH, cfg))
   axis_name = time_axis(q_BTHK.shape[1])
 
   def cell(q_BTHK, k_BTHK, v_BTHV, i_BTH, f_BTH, segments_BT, state):

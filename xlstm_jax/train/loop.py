@@ -16,6 +16,7 @@ from xlstm_jax.errors import UserError
 from xlstm_jax.models.language_model import Definition
 from xlstm_jax.train import (
   accounting,
+  diagnosis,
   heldout,
   kernels,
   lock,
@@ -210,17 +211,22 @@ def _train(
         reports.later(at.step, at.position, measured)
         profile.after(at.step, measured)
         evaluating = _due(at.step, cfg.eval_every, cfg)
+        diagnosing = _due(at.step, cfg.diagnose_every, cfg)
         failure = run.checkpoints.failure()
         if failure is not None:
           say(f"save      failed ({failure}); once more at step {at.step}")
         late = at.step % cfg.log_every == 0 and timer.due()
         saving = late or failure or _due(at.step, cfg.save_every, cfg)
-        if evaluating or saving:
+        if evaluating or diagnosing or saving:
           # Records come before their checkpoint, so that none is lost to a
           # kill, and so do their findings, so that only good ones are saved.
           reports.now()
         if reports.finding is not None:
           break
+        if diagnosing:
+          with clock.spent_on(accounting.EVAL):
+            figures = diagnosis.figures(run, at.state.params, batch)
+          reports.diagnosed(at.step, figures)
         if evaluating:
           scores = _evaluate(run, at, stopped, clock, reports)
         if saving:

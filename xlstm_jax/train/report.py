@@ -124,6 +124,16 @@ class Report:
       f"perplexity {metrics.perplexity(loss):.4g}  held out"
     )
 
+  def diagnosed(self, step: int, figures: metrics.Record) -> None:
+    """Reports what rules the memories; see `diagnosis.figures`."""
+    self._log.write(step, figures)
+    few, median = figures["memory/tokens_p01"], figures["memory/tokens_median"]
+    say(
+      f"memory {step:>4}  ruled by {median:.3g} tokens (1 %: {few:.3g})  "
+      f"divides {figures['memory/divides']:.1%}  "
+      f"two parts {figures['memory/two_parts']:.1%}"
+    )
+
   def _record(self, step: int, measured: Metrics) -> None:
     record = {name: float(value) for name, value in measured.items()}
     record["perplexity"] = metrics.perplexity(record["loss"])

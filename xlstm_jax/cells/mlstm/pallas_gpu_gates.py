@@ -44,7 +44,7 @@ class Scales(NamedTuple):
   keep_BHN: Float[Array, "B H N"]  # weight of the state before in that after
   gauge_BHT: Float[Array, "B H T"]  # max(m, 0)
   m_BHT: Float[Array, "B H T"]
-  m_state_BHN: Float[Array, "B H states"]  # scale of the states between chunks
+  m_state_BHN: Float[Array, "B H _"]  # scale of the states between chunks
   first_BT: Int[Array, "B T"]  # first token of the document in the chunk
   final_BT: Int[Array, "B T"]  # its last, both counted from the chunk's start
 
@@ -156,7 +156,7 @@ def _stabilizers(i, f, upto, id_, start, m_BH, segment_B):
 
 def parts_of_states(
   scales: Scales, first_BHKV: Float[Array, "B H K V"]
-) -> Int[Array, "B H states"]:
+) -> Int[Array, "B H _"]:
   """In how many parts the states between chunks are kept: 1, or 2.
 
   In one part C is rounded to 8 bits, which changes C^T q by 1e-3 of its usual
