@@ -14,13 +14,14 @@ Published (xLSTM paper): peak learning rate 3e-3, and what all sizes share
 (`xlstm_jax/config/recipes.py`). Ours: remat, accumulation and the mesh, which
 change memory and speed only.
 
-Machine: one H200 (h200:1). 8 rows at a time, of which nothing is recomputed,
-take 53 of the 105 GiB that JAX has there, [7:1] 50 (compiled, docs/plan.md). On
+Machine: one H100 of 80 GB (h100:1). 32 rows at a time, of which matmul outputs
+are kept, take 18 of the 59 GiB that JAX has there (compiled, docs/plan.md). On
 n devices divide the accumulation by n: each then has as many rows at a time.
 
 Cost: computed, 1.47e19 training FLOPs (0.936 GFLOP a token, models.counts, and
-15.7B tokens). Measured on one H200 (jax 0.11.2), 32 rows at a time of which
-matmul outputs are kept: 176,000 tokens/s, or 25 H200-hours.
+15.7B tokens). Measured on one H200 (jax 0.11.2) in batches of 32 such rows:
+176,000 tokens/s or 25 H200-hours, [7:1] 126,000 or 35. 8 rows at a time of which
+nothing is recomputed are slower: 102,800 and 70,000 tokens/s.
 
 Expected, validation perplexity: after 15B tokens unknown; after 300B tokens
 14.63, [7:1] 14.60 (published). Measured: unknown.
@@ -34,7 +35,7 @@ from xlstm_jax.layers.compute import Compute
 from xlstm_jax.models import presets
 from xlstm_jax.sharding import MeshConfig
 
-MACHINE = "h200:1"
+MACHINE = "h100:1"
 
 
 def get_config(ratio: str = "1:0") -> ConfigDict:
@@ -44,7 +45,7 @@ def get_config(ratio: str = "1:0") -> ConfigDict:
       presets.paper("125M", ratio),
       peak_lr=3e-3,
       mesh=MeshConfig(data=-1),
-      compute=Compute(dtype="bfloat16", remat="none"),
-      accumulation=32,
+      compute=Compute(dtype="bfloat16", remat="matmuls"),
+      accumulation=8,
     )
   )
