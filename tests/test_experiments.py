@@ -105,7 +105,17 @@ def shrunk(cfg: RunConfig, data: Path) -> RunConfig:
   )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+  "name",
+  [
+    # Made small, the others are 125M with other numbers.
+    pytest.param(
+      name,
+      marks=[pytest.mark.slow] if name in ("xlstm_350m", "xlstm_1b") else [],
+    )
+    for name in NAMES
+  ],
+)
 def test_it_trains_for_two_steps_when_made_small(name, tmp_path, capsys):
   data = write_dataset(tmp_path / "data", [(b"some text to train on", 0)] * 9)
   assert loop.train(shrunk(load(name), data), tmp_path / "run") == 0

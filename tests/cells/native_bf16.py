@@ -14,7 +14,7 @@ import numpy as np
 import test_recurrent_cells
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "goldens" / "native_bf16.json"
-GATES = ("normal", "init", "init0", "mixed=50", "first=12", "few=15")
+GATES = ("normal", "init", "init0", "mixed=50", "first=12")
 
 
 def measure() -> dict[str, dict[str, float]]:

@@ -29,6 +29,7 @@ from xlstm_jax.cells.mlstm import (
   parallel,
   sequence,
 )
+from xlstm_jax.cells.mlstm.state import rescale
 
 CHECKS = {
   "float64": mlstm_contract.check_float64,
@@ -364,9 +365,14 @@ def no_normaliser_gradient(monkeypatch):
   monkeypatch.setattr(parallel, "readout", readout)
 
 
-def no_scale_gradient(monkeypatch):
-  """The scale of the last state counts as a constant."""
-  monkeypatch.setattr(chunkwise, "with_own_scale", lambda state, _: state)
+def scale_gradient_twice(monkeypatch):
+  """What flows back through the scale of the last state counts twice."""
+
+  def with_own_scale(state, _):
+    m_BH = jax.lax.stop_gradient(state.m_BH)
+    return rescale(state._replace(m_BH=m_BH), state.m_BH)
+
+  monkeypatch.setattr(chunkwise, "with_own_scale", with_own_scale)
 
 
 def differences_of_running_sums(monkeypatch):
@@ -393,7 +399,7 @@ def narrow_sums(monkeypatch):
   [
     (leak, "float64", "normal"),
     (no_normaliser_gradient, "float64", "normal"),
-    (no_scale_gradient, "float64", "normal"),
+    (scale_gradient_twice, "float64", "normal"),
     (differences_of_running_sums, "float32", "forget"),
     (narrow_sums, "bfloat16", "init0"),
   ],

@@ -337,7 +337,7 @@ def compiled(options: str) -> str:
     ("64 128 plain", 0),
     ("64 128 mesh", 0),
     ("96 192", 0),
-    ("128 256", 20),
+    ("128 256", 24),
     ("256 512", 40),
     ("384 384", 40),
     ("512 512", 44),
@@ -355,8 +355,8 @@ def test_kernels_compile_for_the_h200_without_one(options, most):
   assert max(spills) <= most
 
 
-# The public Triton kernels take 0.7742 and 0.8719 (docs/kernels.md). Of the first
-# 0.093 are room for second parts of states.
+# The public Triton kernels take 0.7742 and 0.8719 (docs/kernels.md). Room for
+# second parts of states is 0.093 of the first.
 @pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def rounded_memory(run, q, k, v, i, f):
 @pytest.mark.parametrize(
   ("defect", "named"),
   [
-    (rounded_memory, "h is off by"),
+    (rounded_memory, "dk is off by"),
     (wrong_head, "h is off by"),
     (not_a_number, "h is off by nan"),
     (wrong_gradient, ": dv is off by"),

@@ -182,7 +182,8 @@ def test_a_wrong_argument_of_a_dataclass_is_explained(tmp_path):
   }
   head = (
     "from xlstm_jax.config import *; from xlstm_jax.optim import *; "
-    "from xlstm_jax.models.config import *\n"
+    "from xlstm_jax.models.config import *; "
+    "from xlstm_jax.mixers.slstm import *\n"
   )
   for number, call in enumerate(cases, 1):
     body = f"cfg = {call}\ndef get_config(): return to_config_dict(cfg)\n"

@@ -248,6 +248,7 @@ def test_it_is_counted():
   assert flops == 3 * (3 * (2 * D * D + 6 * D * F) + 2 * D * Z)
 
 
+@pytest.mark.slow
 def test_it_is_planned():
   cfg = run_config(mesh=MeshConfig(data=-1))
   found = program.plan(cfg, Machine("here", jax.devices(), 2**30, 2**30))

@@ -139,6 +139,7 @@ def test_figures_are_those_of_the_first_part_on_any_mesh():
   assert others[name] != pytest.approx(expected[name], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_watched_trains_the_same(tmp_path, capsys, monkeypatch):
   data = prepared(tmp_path, "data", "--tokenizer=byte")
   path = tmp_path / "experiment.py"

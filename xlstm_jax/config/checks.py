@@ -12,9 +12,8 @@ from xlstm_jax.config.conversion import value_of
 from xlstm_jax.config.run import RunConfig
 from xlstm_jax.data.format import Manifest
 from xlstm_jax.errors import UserError
-from xlstm_jax.mixers.memory import memory_cell
 from xlstm_jax.models.config import ModelConfig
-from xlstm_jax.models.kinds import KINDS
+from xlstm_jax.models.kinds import KINDS, has_memory
 from xlstm_jax.ranges import range_of
 
 
@@ -261,7 +260,7 @@ def _other_problems(cfg: RunConfig) -> Iterator[str]:
       "of the other, or set checkpoint.keep_best=0."
     )
   if cfg.diagnose_every is not None and not any(
-    KINDS[kind].cell is memory_cell for kind in cfg.model.kinds
+    map(has_memory, cfg.model.kinds)
   ):
     yield (
       f"config.diagnose_every is {cfg.diagnose_every}, but no block "

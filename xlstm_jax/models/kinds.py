@@ -101,6 +101,11 @@ KINDS: dict[str, Kind] = {
 }
 
 
+def has_memory(kind: str) -> bool:
+  """Whether blocks of the kind have an mLSTM's memory."""
+  return KINDS[kind].cell is memory_cell
+
+
 def xlstm_kinds(
   mlstm_block: str, slstm_at: tuple[int, ...], num_blocks: int
 ) -> tuple[str, ...]:

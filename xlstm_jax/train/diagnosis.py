@@ -18,6 +18,7 @@ from xlstm_jax.cells.mlstm.gates import log_gates
 from xlstm_jax.cells.mlstm.pallas_gpu_blocks import CHUNKS
 from xlstm_jax.cells.mlstm.pallas_gpu_gates import parts_of_states, scales
 from xlstm_jax.mixers.memory import Observation, observed
+from xlstm_jax.models.kinds import has_memory
 from xlstm_jax.models.language_model import Definition, Params
 from xlstm_jax.sharding import on_mesh
 from xlstm_jax.train.run import Run
@@ -87,7 +88,7 @@ def _figures(
   rules = [rule(layer, segments_BT, chunk=chunk) for layer in layers]
   found = summary(jax.tree.map(lambda *x: jnp.stack(x), *rules))
   kinds = definition.cfg.kinds
-  blocks = [at for at, kind in enumerate(kinds) if kind != "slstm"]
+  blocks = [at for at, kind in enumerate(kinds) if has_memory(kind)]
   for at, one in zip(blocks, rules, strict=True):
     found |= {f"{name}/{at}": value for name, value in summary(one).items()}
   return {f"memory/{name}": value for name, value in found.items()}
