@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   )
   parser.add_argument(
     "--workdir",
-    type=paths.argument(paths.workdir),
+    type=paths.argument(paths.reachable),
     required=True,
     metavar="DIR",
   )

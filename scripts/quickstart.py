@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   )
   parser.add_argument(
     "--workdir",
-    type=paths.argument(paths.new_workdir),
+    type=paths.argument(paths.new_folder),
     default="runs/quickstart",
     metavar="DIR",
     help="folder of the data and of the run (default: %(default)s)",

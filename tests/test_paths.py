@@ -94,7 +94,6 @@ RESULTS = [
   "evaluate --json", "plan --json", "hf import --workdir", "hf export --output",
   "paper import --workdir",
 ]  # fmt: skip
-WORKDIRS = [name for name in FLAGS if "workdir" in name or "init_from" in name]
 # What flags without a rule for paths take.
 TEXTS = {
   "--prompt", "--step", "--topology", "--end-of-text", "--max-shard-size",
@@ -178,14 +177,6 @@ def test_results_that_could_not_be_written_are_refused_before_any_work(
   wrong_kind = "." if flag.endswith("--json") else "in.jsonl"
   assert f"{wrong_kind} is a f" in refusal(flag, wrong_kind, capsys)
   assert not list((folder / "locked").iterdir())
-
-
-@pytest.mark.parametrize("flag", WORKDIRS)
-def test_a_workdir_that_checkpoints_cannot_name_is_refused(
-  flag: str, folder: Path, capsys: pytest.CaptureFixture[str]
-):
-  assert "not UTF-8" in refusal(flag, "caf\udce9/run", capsys)
-  assert [path.name for path in folder.iterdir()] == ["in.jsonl"]
 
 
 @pytest.mark.parametrize(

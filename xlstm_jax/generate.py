@@ -377,7 +377,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument(
     "--workdir",
-    type=paths.argument(paths.workdir),
+    type=paths.argument(paths.reachable),
     required=True,
     metavar="DIR",
     help="folder of the run",

@@ -73,24 +73,6 @@ def reachable(path: str) -> str:
   return path
 
 
-def workdir(path: str) -> str:
-  """`reachable`, of the folder of a run.
-
-  Raises:
-    UserError: also where its name, with all folders above, is not UTF-8:
-      TensorStore, which reads and writes the checkpoints, takes no other.
-  """
-  path = reachable(path)
-  try:
-    os.path.realpath(path).encode()
-  except UnicodeEncodeError as error:
-    raise UserError(
-      f"The path of the workdir {shown(path)} is not UTF-8, which checkpoints "
-      "need; rename the folder or name another."
-    ) from error
-  return path
-
-
 def new_file(path: str) -> str:
   """`reachable`, of a file that this process can write.
 
@@ -118,11 +100,6 @@ def new_folder(path: str) -> str:
   path = reachable(path)
   _require_writable(path)
   return path
-
-
-def new_workdir(path: str) -> str:
-  """`workdir` and `new_folder` in one."""
-  return new_folder(workdir(path))
 
 
 def argument(rule: Callable[[str], str]) -> Callable[[str], str]:

@@ -59,7 +59,7 @@ def _with_local_paths(cfg: RunConfig) -> RunConfig:
   if cfg.compilation_cache is not None:
     checked("compilation_cache", paths.local, cfg.compilation_cache)
   if cfg.init_from is not None:
-    init_from = checked("init_from", paths.workdir, cfg.init_from)
+    init_from = checked("init_from", paths.reachable, cfg.init_from)
     cfg = dataclasses.replace(cfg, init_from=init_from)
   folders = tuple(
     checked("data.paths", paths.local, path) for path in cfg.data.paths

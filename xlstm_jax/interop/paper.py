@@ -553,7 +553,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
   )
   add.add_argument(
     "--workdir",
-    type=paths.argument(paths.new_workdir),
+    type=paths.argument(paths.new_folder),
     required=True,
     help="a new or empty folder for the workdir",
   )
@@ -564,7 +564,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
   )
   add.add_argument(
     "--workdir",
-    type=paths.argument(paths.workdir),
+    type=paths.argument(paths.reachable),
     required=True,
     help="of a run",
   )

@@ -69,7 +69,7 @@ def main(argv: Sequence[str], stopped: Interrupt) -> int:
   )
   parser.add_argument(
     "--workdir",
-    type=paths.argument(paths.workdir),
+    type=paths.argument(paths.reachable),
     required=True,
     metavar="DIR",
     help="folder of the run",
