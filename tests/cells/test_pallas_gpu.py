@@ -355,8 +355,9 @@ def test_kernels_compile_for_the_h200_without_one(options, most):
   assert max(spills) <= most
 
 
-# The public Triton kernels take 0.7742 and 0.8719 (docs/kernels.md). Room for
-# second parts of states is 0.093 of the first.
+# The public Triton kernels take 0.7742 and 0.8719
+# (docs/kernels_measured.md). Room for second parts of states is 0.093 of the
+# first.
 @pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize(
