@@ -458,7 +458,7 @@ def rounded_shares(
     states = np.max(np.sqrt(np.sum(C_terms**2, (2, 3)))) * 2**-8.5
     floor = inside + states / (4 * np.finfo(np.float32).eps)
     largest["df"] = float(slope * floor)
-    factors = dict.fromkeys(("di", "df", "dC"), 2 * np.sqrt(2))
+    factors = dict.fromkeys(("di", "df", "dC"), 2 * np.sqrt(3))
     rounded = ("di", "dn", "C", "dC")
   shares = {
     name: excess(
