@@ -1,4 +1,4 @@
-"""Compiles the recurrent kernels, forward and backward, for an H200 without one.
+"""Compiles the recurrent kernels' two passes for an H200 without one.
 
     python compile_recurrence_gpu.py CELL UNITS [bf16] [mesh] [vmap]
 
@@ -28,9 +28,7 @@ def main(cell: str, units: int, options: set[str]) -> None:
 
   def both(x, R, b, segments, dy):
     def y(x, R, b):
-      return CELLS[cell](
-        x, R, b, segments_BT=segments, backend="pallas_gpu"
-      )[0]
+      return CELLS[cell](x, R, b, segments_BT=segments, backend="pallas_gpu")[0]
 
     found, backward = jax.vjp(y, x, R, b)
     return found, *backward(dy)

@@ -107,9 +107,7 @@ def in_one_scale(units):
 
 
 @functools.cache
-def case(
-  cell: str, gate: str, time: int = TIME, form: Form = NATIVE
-) -> Case:
+def case(cell: str, gate: str, time: int = TIME, form: Form = NATIVE) -> Case:
   """Rows as in `mlstm_contract.segments`; all that a row warms is not 0."""
   rng = np.random.default_rng(0)
   B, H, D = 4, 2, form.units

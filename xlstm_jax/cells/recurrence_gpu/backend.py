@@ -170,7 +170,6 @@ def _backward(options, kept, cotangents):
 _recur.defvjp(_forward, _backward)
 
 
-@functools.cache
 def _forward_kernel(options: _Options):
   numbers = len(options.cell.empty)
 
@@ -194,7 +193,6 @@ def _forward_kernel(options: _Options):
   )
 
 
-@functools.cache
 def _backward_kernel(options: _Options):
   numbers = len(options.cell.empty)
 

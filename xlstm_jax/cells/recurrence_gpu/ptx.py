@@ -314,7 +314,7 @@ def synchronise(_ctx):
 
 
 def _descriptor(address: _Int, group: int) -> _Int:
-  """Of an operand in shared memory with groups of 8 rows `group` bytes apart."""
+  """Of an operand at an address, its groups of 8 rows `group` bytes apart."""
   swizzle_128 = 1 << 62
   place = (address // 16 & 0x3FFF).wide()
   return place | (swizzle_128 | group // 16 << 32)
