@@ -19,8 +19,8 @@ take 63 of the 105 GiB that JAX has there (compiled, docs/plan.md). On n devices
 divide the accumulation by n: each then has as many rows at a time.
 
 Cost: computed, 1.64e20 training FLOPs (10.4 GFLOP a token, models.counts, and
-15.7B tokens). Measured on one H200 (jax 0.11.2), four of the parts: [7:1] 21,400
-tokens/s or 204 H200-hours; [1:0] unknown.
+15.7B tokens). Measured on one H200 (jax 0.11.2), with four of the parts: [7:1]
+21,400 tokens/s or 204 H200-hours; [1:0] unknown.
 
 Expected, validation perplexity: after 15B tokens unknown; after 300B tokens
 8.89, [7:1] 9.00 (published). Measured: unknown.

@@ -12,12 +12,13 @@ as their mixer makes them, and matrices bfloat16. Errors are relative to the
 definition in float64, on 256 tokens of the same heads. Peers: mlstm_kernels'
 two Triton kernels (without the normaliser's gradient), FLA's simple_gla and
 cuDNN's causal attention in JAX, of the same width in heads of 128; the last two
-compute something else, and their errors are relative to the definition of that. GiB are
-the peak of one forward and backward pass, arguments and results included: in
-JAX of the compiled program, in PyTorch of what was allocated. FLA refuses the
-backward pass of simple_gla on Hopper with Triton from 3.4 to before 3.7.1. With
---jobs so many rows are made ready side by side, while the GPU runs one of them;
-the Pallas kernels' then compile without XLA trying out fusions on the GPU.
+compute something else, and their errors are relative to the definition of that.
+GiB are the peak of one forward and backward pass, arguments and results
+included: in JAX of the compiled program, in PyTorch of what was allocated. FLA
+refuses the backward pass of simple_gla on Hopper with Triton from 3.4 to before
+3.7.1. With --jobs so many rows are made ready side by side, while the GPU runs
+one of them; the Pallas kernels' then compile without XLA trying out fusions on
+the GPU.
 
 --tune times the block sizes of the Pallas kernels, forward and backward, and
 writes those that were fastest at each shape into the table that the backend
