@@ -55,13 +55,13 @@ class CheckpointConfig:
   """Which checkpoints are kept.
 
   Attributes:
-    keep_latest: the newest steps.
-    keep_best: the steps of lowest held-out loss.
-    keep_every: besides, every step that this divides; None for none.
-    keep_minutes: besides, the first step after every so many minutes; None for
-      none.
-    retries: how often in a row a failed save is made again, at the next step
-      each time, before the run stops.
+    keep_latest: How many of the newest checkpoints are kept.
+    keep_best: How many of those with the lowest held-out loss are kept.
+    keep_every: Every step that this divides is kept as well; None for none.
+    keep_minutes: The first checkpoint after every so many minutes is kept as
+      well; None for none.
+    retries: How often in a row a failed save is repeated, each time at the next
+      step, before the run stops.
   """
 
   keep_latest: int = 2

@@ -51,13 +51,15 @@ class MeshConfig:
   """Devices along each mesh axis; one of them may be -1, "the rest".
 
   Attributes:
-    data: replicas; each holds all parameters and a share of the batch.
-    fsdp: shares of the batch between which parameters are split too.
-    tensor: splits heads, feed-forward units and the vocabulary.
-    sequence: splits time.
-    slices: groups of devices between which the network is slower: TPU slices,
-      or nodes of one process each. They divide `data`, else `fsdp`; the other
-      axes stay within a group.
+    data: Number of replicas. Each holds all parameters and a share of the
+      batch.
+    fsdp: Number of devices that share the batch and split the parameters.
+    tensor: Number of devices that split heads, feed-forward units and the
+      vocabulary.
+    sequence: Number of devices that split time.
+    slices: Number of groups of devices that a slower network joins: TPU slices,
+      or nodes of one process each. They divide `data`, or `fsdp` if `data`
+      cannot be divided; the other axes stay within a group.
   """
 
   data: int = -1

@@ -34,20 +34,21 @@ class DataConfig:
   """Which tokens a run reads, and in which order.
 
   Attributes:
-    paths: folders that prepare wrote, all with the same tokenizer.
-    weights: shares of the windows drawn from each path, in any unit; None
-      draws each in proportion to its tokens.
-    context: input positions per window (T).
-    shuffle: draws the windows of every epoch in a new random order; otherwise
-      they come in stream order.
-    seed: of the shuffling.
-    threads: reading ahead; 0 reads in the caller.
-    prefetch: batches kept ready.
-    verify: when the checksums of the token blocks are checked, see
-      `shards.open_split`.
-    accept_changes: resumes a run although its datasets, their weights, the
-      context, the seed or the shuffling changed since its checkpoint, so that
-      tokens are read twice and others never; an error otherwise.
+    paths: Folders that prepare wrote, all with the same tokenizer.
+    weights: Shares of the windows drawn from each path, in any unit; None
+      draws from each in proportion to its tokens.
+    context: Input positions of a window (T).
+    shuffle: Whether every epoch draws the windows in a new random order;
+      otherwise they come in stream order.
+    seed: Seed of the shuffling.
+    threads: Number of threads that read ahead; 0 reads in the caller.
+    prefetch: Number of batches kept ready.
+    verify: When the checksums of token blocks are checked: when a split is
+      opened, at a block's first use, or, with "auto", at opening if the split
+      is smaller than 4 GiB and at first use otherwise.
+    accept_changes: Whether a run resumes although its datasets, their weights,
+      the context, the seed or the shuffling changed since its checkpoint. Some
+      tokens are then read twice and others never. Otherwise this is an error.
   """
 
   paths: tuple[str, ...] = ()

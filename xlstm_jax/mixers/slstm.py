@@ -30,15 +30,15 @@ class SLSTMConfig:
 
   Attributes:
     cell: "slstm", or "lstm" for its textbook ancestor in the same block.
-    num_heads: heads; recurrence stays within a head.
-    conv_window: of the causal convolution before the input and forget gates;
-      0 for none.
-    recurrent_init: of the recurrent weights: zeros, or U(+-1/sqrt(width)).
-    bias_init: of the gate biases: the paper's power law of the forget gate,
+    num_heads: Number of heads. The recurrence stays within a head.
+    conv_window: Window of the causal convolution before the input and forget
+      gates; 0 for none.
+    recurrent_init: Initial recurrent weights: zeros, or U(+-1/sqrt(width)).
+    bias_init: Initial gate biases: the paper's power law for the forget gate,
       which depends on the block's depth; forget gates from 3 to 6; or
       U(+-1/sqrt(width)).
-    head_norm_scale: the head norm has a learned scale.
-    feedforward: A feed-forward follows the mixer in its block.
+    head_norm_scale: Whether the head norm has a learned scale.
+    feedforward: Whether a feed-forward follows the mixer in its block.
   """
 
   cell: Literal["slstm", "lstm"] = "slstm"
@@ -60,7 +60,7 @@ _UNITS = ("batch", "heads", None)
 
 
 class _Cell(NamedTuple):
-  """The function of a cell, its forms, and the axes of its state."""
+  """The function of a cell, its backends, and the axes of its state."""
 
   run: Callable[..., Any]
   registry: Registry
