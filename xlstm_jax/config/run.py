@@ -36,7 +36,7 @@ class HealthConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LimitsConfig:
-  """Time limits; a run that exceeds one ends itself, with all stacks if it hangs.
+  """Time limits of a run, in seconds; one that exceeds a limit ends itself.
 
   Attributes:
     join_seconds: Time for the processes to find each other at the start.

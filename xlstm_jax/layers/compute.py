@@ -30,7 +30,7 @@ from xlstm_jax.cells.backends import AUTO
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-  """How the model is computed; nothing here changes what it computes.
+  """How the model is computed; nothing here changes which function it is.
 
   Attributes:
     dtype: Type of matmul operands and of the residual stream.
@@ -45,9 +45,9 @@ class Compute:
     remat: What the backward pass recomputes: nothing ("none"), everything but
       the outputs of weight matmuls ("matmuls"), or everything inside a block
       ("block").
-    deterministic: Whether, on GPUs, a training step gives the same bits in every
-      process: it sums in a fixed order and does not time kernels against each
-      other. This costs speed. CPUs and TPUs always give the same bits.
+    deterministic: Whether a training step on GPUs gives the same bits in every
+      process. It then sums in a fixed order and does not time kernels against
+      each other, which costs speed. CPUs and TPUs always give the same bits.
   """
 
   dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
@@ -61,12 +61,12 @@ class Compute:
   deterministic: bool = False
 
   def on_any_device(self) -> "Compute":
-    """The same, with the forms of the cells that suit the device it is on."""
+    """The same, with "auto" for every cell, so that it runs on any device."""
     return dataclasses.replace(
       self, mlstm_backend=AUTO, slstm_backend=AUTO, lstm_backend=AUTO
     )
 
 
 def wide(x: jax.Array) -> jax.Array:
-  """At least fp32: for whatever the policy keeps out of bf16."""
+  """`x` in fp32 or wider, for whatever the policy keeps out of bf16."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
