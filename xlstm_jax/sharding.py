@@ -279,7 +279,7 @@ def of_holder(tree: Any, holds_B: jax.Array, axis_name: str) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The sharding of [B, T] arrays: rows over data and fsdp, time over sequence."""
+  """The sharding of [B, T]: rows over data and fsdp, time over sequence."""
   return NamedSharding(
     mesh, PartitionSpec(ACTIVATIONS["batch"], ACTIVATIONS["time"])
   )

@@ -17,7 +17,7 @@ from jaxtyping import Float
 def errors(
   x: Float[np.ndarray, "..."], truth: Float[np.ndarray, "..."]
 ) -> np.ndarray:
-  """Root mean square errors: of the tensor, and of its 99.9th row percentile."""
+  """Root mean square error: of all, and the 99.9th percentile over rows."""
   squares = np.square(np.float64(x) - np.float64(truth))
   rows = np.mean(squares, axis=-1)
   return np.sqrt([np.mean(rows), np.quantile(rows, 0.999, method="higher")])

@@ -240,7 +240,7 @@ class MLSTM(nnx.Module):
       compute=self.compute,
     )
     h_BTU = self.head_norm(h_BTHV).reshape(x_BTU.shape)
-    # In fp32, so that the gradient of `skip` is summed in it.
+    # In fp32, so that the gradient of `skip` is summed in fp32.
     skipped_BTU = wide(self.skip[...]) * wide(conv_BTU)
     h_BTU = (wide(h_BTU) + skipped_BTU).astype(h_BTU.dtype)
     y_BTD = self.down(h_BTU * jax.nn.silu(z_BTU))
@@ -259,7 +259,7 @@ class _BlockDiagonal(nnx.Module):
     inner = cfg.inner(width)
     block = cfg.qkv_block or inner
     self.blocks = inner // block
-    # N blocks, from I to O. A single one is split like any dense map.
+    # N blocks from I to O channels. A single block is split like a dense map.
     self.map = _Blocks(
       "BTNI,NIO->BTNO",
       (self.blocks, block, block),

@@ -80,7 +80,7 @@ _CELLS = {
 
 
 def slstm_cell(cfg: SLSTMConfig, share: Share, compute: Compute) -> Cell:
-  """The cell of the mixer as a device runs it."""
+  """The cell of the mixer, with the shapes that one device computes."""
   run, registry, _ = _CELLS[cfg.cell]
   shapes = Shapes(
     B=share.B,
@@ -107,7 +107,7 @@ class SLSTMState(NamedTuple):
 class SLSTM(nnx.Module):
   """The mixer between a post-up-projection block's norm and its residual.
 
-  Along G, gates are in the order i, f, z, o.
+  Along G, the gates are in the order i, f, z, o.
   """
 
   def __init__(
@@ -204,7 +204,7 @@ class SLSTM(nnx.Module):
     return y_BTD, SLSTMState(conv_state, cell_state)
 
   def _recur(self, gates_BTGHD, segments_BT, state):
-    """The cell; every device runs it on its rows and heads."""
+    """Runs the cell; every device does so on its rows and heads."""
     run, registry, axes = _CELLS[self.cfg.cell]
     backend = getattr(self.compute, registry.setting)
 
@@ -237,7 +237,7 @@ class SLSTM(nnx.Module):
 
 
 def _power_law(D: int, depth: Depth) -> jax.Array:
-  """Forget biases 5 ... -7 over a head's units, flatter in early blocks."""
+  """Forget biases from 5 to -7 over a head's units, flatter in early blocks."""
   share = depth.at / max(depth.blocks - 1, 1)
   units_D = jnp.arange(D) / max(D - 1, 1)
   return 5 - 12 * units_D ** (0.3 + 1.3 * share)

@@ -17,7 +17,7 @@ from xlstm_jax.models.blocks import Block, pinned
 from xlstm_jax.models.config import ModelConfig, Run, runs
 from xlstm_jax.sharding import constrain
 
-# A nested dict of arrays (or of what stands for them), keyed by strings.
+# A nested dict of arrays (or of their shapes or shardings), keyed by strings.
 Params = dict[str, Any]
 State = dict[str, Any]
 
@@ -26,7 +26,7 @@ class LanguageModel(nnx.Module):
   """Embedding, runs of residual blocks, norm, vocabulary projection.
 
   The parameters of the blocks that repeat at one place of a run are stacked
-  along a leading axis G, whether the run is scanned or not; see `config.runs`.
+  along a leading axis G, whether the run is scanned or not (`config.runs`).
   """
 
   def __init__(self, cfg: ModelConfig, *, compute: Compute, rngs: nnx.Rngs):
@@ -67,9 +67,9 @@ class LanguageModel(nnx.Module):
 
     Args:
       tokens_BT: token ids.
-      segments_BT: the document of each token: from 1, never decreasing; 0 is
+      segments_BT: the document of each token, from 1 and never decreasing; 0 is
         trailing padding. Without it every token continues the state.
-      state: what an earlier call returned; None is the empty past.
+      state: the state that an earlier call returned; None is the empty past.
       dropout_key: a key for every row [B]; None turns dropout off.
     """
     x_BTD = self.embedding(tokens_BT)
@@ -92,18 +92,18 @@ class LanguageModel(nnx.Module):
     return x_BTD, new_state
 
   def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T Z"]:
-    """Capped logits in fp32 of what the model returned."""
+    """Capped fp32 logits of the hidden vectors that the model returned."""
     scores_BTZ = attend(self.vocabulary_weight(), pinned(x_BTD))
     logits_BTZ = soft_cap(scores_BTZ, self.cfg.logit_cap)
     return constrain(logits_BTZ, "batch", "time", "vocabulary")
 
   def vocabulary_weight(self) -> Float[Array, "Z D"]:
-    """What the vocabulary projection reads, in the compute dtype."""
+    """The weight of the vocabulary projection, in the compute dtype."""
     head = self.head if self.head is not None else self.embedding
     return head.rows()
 
   def empty_state(self, batch: int) -> State:
-    """The empty past of `batch` rows, as an array for every state."""
+    """The empty past of `batch` rows, as the arrays of every state."""
 
     def stack(block, repeats):
       return jax.tree.map(
@@ -167,7 +167,7 @@ class Definition:
   compute: Compute = Compute()
 
   def init(self, key: jax.Array) -> Params:
-    """Freshly drawn parameters; the same for every mesh and `compute`."""
+    """Newly drawn parameters; the same for every mesh and `compute`."""
     model = LanguageModel(self.cfg, compute=self.compute, rngs=nnx.Rngs(key))
     return nnx.to_pure_dict(nnx.split(model)[1])
 
@@ -209,7 +209,7 @@ def _abstract(cfg: ModelConfig, compute: Compute):
 
 
 def _stacked(cfg: ModelConfig, run: Run, *, compute, rngs):
-  """The blocks of a run; each is drawn from a key of its own."""
+  """The stacked blocks of a run; each is drawn from a key of its own."""
   blocks = {}
   for at, kind in enumerate(run.unit):
 

@@ -81,7 +81,7 @@ def default_chunk(time: int, key_dim: int, value_dim: int) -> int:
 
 
 def _split(x_BT, *, chunk: int, fill: float | None = 0.0):
-  """[B, T, ...] to [N B, L, ...]; pads with the last token if `fill` is None."""
+  """[B, T, ...] to [N B, L, ...]; `fill` None pads with the last token."""
   pad = (
     partial(jnp.pad, mode="edge")
     if fill is None

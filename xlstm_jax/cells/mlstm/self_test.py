@@ -13,7 +13,7 @@ from xlstm_jax.cells.mlstm.backends import BACKENDS, mlstm
 from xlstm_jax.cells.precision import accumulator, rounded
 
 DOCUMENTS = 3
-# Input gate of the last document's first token, which then dominates its memory.
+# Input gate of the last document's first token, which dominates its memory.
 LOUD = 12.0
 
 
