@@ -1,4 +1,4 @@
-"""The configuration in a workdir."""
+"""The configuration file of a workdir."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ CONFIG_FILE = "config.json"
 
 
 def save(workdir: epath.PathLike, cfg: RunConfig) -> None:
-  """Writes the resolved configuration; a reader sees the old or the new."""
+  """Writes the resolved configuration; readers see the old or the new file."""
   path = epath.Path(workdir) / CONFIG_FILE
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.parent / f".{CONFIG_FILE}.tmp"

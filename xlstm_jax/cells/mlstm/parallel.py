@@ -140,7 +140,8 @@ def updated(state: State, update: Update, dtype: DTypeLike) -> State:
 
 # Where few tokens dominate the memory, C^T q and n^T q cancel together, and so
 # do their gradients. n is not rounded. If C were rounded to bfloat16, h would
-# be what that takes from C where n^T q is small. So C is multiplied in two parts.
+# be what that takes from C where n^T q is small. So C is multiplied in two
+# parts.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
