@@ -192,7 +192,7 @@ def token_ids(content: Mapping[str, Any], name: str) -> list[int]:
 
 
 def end_of_text(content: Mapping[str, Any]) -> int | None:
-  """The id that ends a text by a `config.json`; the first, if it has several."""
+  """The id that ends a text, by a `config.json`; the first of several."""
   return next(iter(token_ids(content, "eos_token_id")), None)
 
 
