@@ -16,7 +16,7 @@ import numpy as np
 
 from xlstm_jax.errors import UserError
 from xlstm_jax.interop.tensor_files import Spec, StoredTensor, listing
-from xlstm_jax.models.config import ModelConfig, runs
+from xlstm_jax.models.config import ModelConfig, stacks
 
 ALL = slice(None)
 # Alignment of arrays on CPU devices, in bytes.
@@ -258,10 +258,10 @@ def _places(cfg: ModelConfig) -> Iterator[tuple[Path, int]]:
 
   This is the path in the tree, and the index along the arrays' leading axis.
   """
-  for run in runs(cfg.kinds):
-    for g in range(run.repeats):
-      for at, kind in enumerate(run.unit):
-        yield ("blocks", str(run.start), f"{at}_{kind}"), g
+  for stack in stacks(cfg.kinds):
+    for g in range(stack.repeats):
+      for at, kind in enumerate(stack.unit):
+        yield ("blocks", str(stack.start), f"{at}_{kind}"), g
 
 
 def _fill(shard: np.ndarray, index, piece: Piece, value) -> None:

@@ -136,7 +136,7 @@ class ModelConfig(Mixers):
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Stack:
   """Consecutive blocks that repeat: the blocks of `unit`, `repeats` times.
 
   Attributes:
@@ -150,22 +150,22 @@ class Run:
   repeats: int
 
 
-def runs(kinds: tuple[str, ...]) -> tuple[Run, ...]:
-  """The model as runs: one of the repeating pattern, or one per kind.
+def stacks(kinds: tuple[str, ...]) -> tuple[Stack, ...]:
+  """The model as stacks: one of the repeating pattern, or one per kind.
 
-  A model whose blocks repeat as a whole is one run. Any other model has a run
+  A model whose blocks repeat as a whole is one stack. Any other model has one
   for every stretch of blocks of one kind. This alone decides the shape of the
-  parameter tree: the parameters of the `repeats` blocks at one place of a run
+  parameter tree: the parameters of the `repeats` blocks at one place of a stack
   are stacked along a leading axis.
   """
   for period in range(1, len(kinds) // 2 + 1):
     repeats = len(kinds) // period
     if kinds == kinds[:period] * repeats:
-      return (Run(0, kinds[:period], repeats),)
+      return (Stack(0, kinds[:period], repeats),)
   found = []
   for at, kind in enumerate(kinds):
     if found and found[-1].unit == (kind,):
       found[-1] = dataclasses.replace(found[-1], repeats=found[-1].repeats + 1)
     else:
-      found.append(Run(at, (kind,), 1))
+      found.append(Stack(at, (kind,), 1))
   return tuple(found)
