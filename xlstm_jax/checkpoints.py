@@ -373,7 +373,7 @@ class Checkpoints:
     times = f", {self._failures} times in a row" * (self._failures > 1)
     advice = "make room for it"
     if isinstance(self._failure, _UnreadableError):
-      advice = "look after its disk"
+      advice = "check its disk"
     # The next call is not about this failure.
     self._failure = None
     return UserError(
@@ -513,7 +513,7 @@ def _set_damaged_aside(
       [],
       (
         f"{' '.join(told)} No good checkpoint is left: restore one from a "
-        "copy, or begin anew in another workdir."
+        "copy, or start over in another workdir."
       ),
     )
   try:

@@ -70,8 +70,8 @@ def _no_device(error: BaseException) -> str:
   reason = _reason(error) or "there is no NVIDIA GPU that it can see"
   if isinstance(error, RuntimeError) and not _NO_BACKEND.match(reason):
     return (
-      f"A plugin of JAX does not load on this machine: {reason}. Mend it or "
-      "take it away."
+      f"A plugin of JAX does not load on this machine: {reason}. Fix it or "
+      "uninstall it."
     )
   for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME"):
     if value := os.environ.get(name):

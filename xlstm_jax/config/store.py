@@ -33,7 +33,7 @@ def load(workdir: epath.PathLike) -> RunConfig:
   path = epath.Path(workdir) / CONFIG_FILE
   if not path.exists():
     raise UserError(
-      f"{workdir} is no workdir of a run: it has no {CONFIG_FILE}."
+      f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}."
     )
   values = files.parse_json(path.read_bytes(), Path(path))
   try:

@@ -135,7 +135,7 @@ def find(arguments: Sequence[str]) -> Inputs:
       found.files.append(_input(number, source, path, name))
   if not found.files:
     raise UserError(
-      f"There is no file to read in {', '.join(arguments)} (passed over: "
+      f"There is no file to read in {', '.join(arguments)} (skipped: "
       f"{found.hidden} hidden, {found.links} symbolic links)."
     )
   _refuse_duplicates(found.files)
