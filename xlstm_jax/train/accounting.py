@@ -23,29 +23,29 @@ Spent = dict[str, float]
 
 
 class Goodput:
-  """Adds up what the run has spent, in a file beside its checkpoints.
+  """Adds up where the run's time went, in a file beside its checkpoints.
 
-  What was spent after the checkpoint that a run continues from is lost, and so
-  is the time until it was started again, unless it was finished: nothing has to
-  be written between checkpoints. Only process 0 writes.
+  Time after the checkpoint from which a run resumes is lost. So is the time
+  until the run was started again, unless it was finished. Nothing has to be
+  written between checkpoints. Only process 0 writes.
 
   Args:
-    workdir: of the run.
-    clock: began when this process did.
+    workdir: the run's workdir.
+    clock: a clock that started with this process.
   """
 
   def __init__(self, workdir: epath.PathLike, clock: metrics.Clock):
     self._path = epath.Path(workdir) / FILE
     self._clock = clock
-    # Spent before `_begun`, which holds what the clock says since; the same at
-    # each checkpoint.
+    # Time spent before this process, or before `give_up`; the clock's reading
+    # at that point (`_begun`); and the time spent until each checkpoint.
     written, self._earlier, self._checkpoints = _read(self._path)
     self._begun: dict[str, float] = {}
     if written is not None:
       self._lose(time.time() - written - sum(clock.spent().values()))
 
   def back_to(self, step: int) -> None:
-    """The run continues from the checkpoint of a step; 0 for its beginning."""
+    """Counts from the checkpoint of a step again; 0 is the beginning."""
     kept = {n: s for n, s in self._checkpoints.items() if int(n) <= step}
     spent = kept.get(str(step), {})
     lost = sum(self._earlier.values()) - sum(spent.values())
@@ -53,7 +53,7 @@ class Goodput:
     self._lose(lost)
 
   def give_up(self) -> None:
-    """What this process did becomes part of what a `back_to` may lose."""
+    """Makes the time of this process part of what `back_to` may lose."""
     self._earlier, self._begun = self.spent(), self._clock.spent()
 
   def _lose(self, seconds: float) -> None:
@@ -70,15 +70,15 @@ class Goodput:
     return total
 
   def write(self, step: int, *, finished: bool = False) -> None:
-    """Keeps what was spent until the checkpoint of a step.
+    """Writes the time spent until the checkpoint of a step.
 
     Args:
-      step: of the checkpoint.
-      finished: whether it is the last one: the run waits for nothing, though it
-        may be extended one day.
+      step: the checkpoint's step.
+      finished: whether it is the last one. The time until a finished run is
+        extended does not count.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the file cannot be written.
     """
     self._checkpoints[str(step)] = self.spent()
     if jax.process_index() != 0:
@@ -127,9 +127,9 @@ _WORDS = {
 
 
 def _read(path: epath.Path) -> tuple[float | None, Spent, dict[str, Spent]]:
-  """When the file of an unfinished run was written, and what it says."""
+  """When the file of an unfinished run was written, and its content."""
   if path.exists():
-    # Damaged, it costs the figures and not the run.
+    # A damaged file costs the figures, not the run.
     with contextlib.suppress(
       *(ValueError, TypeError, KeyError, AttributeError),
       *(RecursionError, OverflowError),

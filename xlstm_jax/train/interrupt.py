@@ -1,12 +1,12 @@
-"""SIGTERM and SIGINT end a run within a grace, wherever it is.
+"""SIGTERM and SIGINT end a run within a grace period, whatever it is doing.
 
-A thread of its own reads the signals, as the main thread may be inside a
-compilation or a step for minutes. Only what Python ships is imported here, so
-that signals are noted before the imports that take seconds.
+A thread of its own reads the signals, because the main thread may be inside a
+compilation or a step for minutes. This module imports only what Python ships,
+so signals are noted before the imports that take seconds.
 
-Processes agree on where to stop: each counts the borders that it has passed,
-between steps and between the batches of an evaluation, and all stop at the
-greatest count that any of them had when it heard of the signal.
+Processes agree on where to stop. Each counts the borders that it has passed,
+between steps and between the batches of an evaluation. All stop at the largest
+count that any of them had when it heard of the signal.
 """
 
 import contextlib
@@ -23,17 +23,17 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(Exception):  # noqa: N818  (a request, no error)
-  """Raised inside an evaluation that is to end."""
+  """Raised inside an evaluation that has to end."""
 
 
 class Interrupt:
-  """Whether the run has been asked to stop, and where it does.
+  """Whether the run has been asked to stop, and where it will.
 
   Attributes:
-    grace: seconds between the signal and the end of the run.
-    early: how many seconds before that this process ends, of several: the
-      first one is to be the last.
-    doing: says what the run is doing, for its last words.
+    grace: Seconds between the signal and the end of the run.
+    early: How many seconds before that this process ends, if there are several;
+      process 0 must be the last.
+    doing: Says what the run is doing, for its last line.
   """
 
   def __init__(self):
@@ -51,21 +51,21 @@ class Interrupt:
     self._stop_at: int | None = None
 
   def connect(self, agree: Callable[[int], int] | None = None) -> None:
-    """The other processes are known.
+    """Connects the other processes.
 
     Args:
-      agree: tells them of the signal, and turns this process's count of
-        borders into the one to stop at; called in another thread. None where
-        there is one process.
+      agree: tells them of the signal, and turns this process's count of borders
+        into the one to stop at; called in another thread. None if there is one
+        process.
     """
     self._agree = agree or self._agree
     self._connected.set()
 
   def note(self, cause: str) -> None:
-    """Starts the grace and finds out where to stop, in other threads.
+    """Starts the grace period and finds out where to stop, in other threads.
 
-    Called by the thread that hears signals and by the one that hears the other
-    processes; only the first call has an effect.
+    The thread that hears signals calls this, and so does the one that hears the
+    other processes. Only the first call has an effect.
     """
     if not self._first.acquire(blocking=False):
       return
@@ -80,7 +80,7 @@ class Interrupt:
     threading.Thread(target=self._limit, args=[since], daemon=True).start()
 
   def reached(self) -> bool:
-    """Whether to stop at this border; if not, it is passed."""
+    """Whether to stop at this border; if not, counts it as passed."""
     with self._lock:
       if not self._is_here():
         self._passed += 1
@@ -102,12 +102,12 @@ class Interrupt:
       self._lock.release()
 
   def close(self) -> None:
-    """The run has ended by itself."""
+    """Ends the grace period, because the run has ended by itself."""
     self._over.set()
 
   @property
   def passed(self) -> int:
-    """Borders passed."""
+    """The number of borders passed."""
     return self._passed
 
   def _is_here(self) -> bool:
@@ -120,8 +120,8 @@ class Interrupt:
 
   def _limit(self, since: float) -> None:
     """Ends the process unless it ends itself within the grace."""
-    # The grace may be set while this waits: the signal can come before the
-    # configuration is read.
+    # The grace period may be set while this waits, because the signal can come
+    # before the configuration is read.
     while (left := since + self._seconds() - time.monotonic()) > 0:
       if self._over.wait(min(left, 0.05)):
         return
@@ -140,7 +140,7 @@ class Interrupt:
 
 @contextlib.contextmanager
 def noted() -> Iterator[Interrupt]:
-  """Within, the first SIGTERM or SIGINT is noted, a second ends the process."""
+  """Notes the first SIGTERM or SIGINT inside; a second one ends the process."""
   interrupt = Interrupt()
   if threading.current_thread() is not threading.main_thread():
     # Only the main thread may handle signals.
@@ -148,8 +148,8 @@ def noted() -> Iterator[Interrupt]:
     return
   reader, writer = os.pipe()
   os.set_blocking(writer, False)
-  # Python's own handlers run in the main thread; this one only has to exist
-  # for the number of the signal to be written.
+  # Python's handlers run in the main thread. This one only has to exist, so
+  # that the number of the signal is written.
   handlers = {n: signal.signal(n, lambda *_: None) for n in SIGNALS}
   descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
   threading.Thread(

@@ -14,15 +14,16 @@ from xlstm_jax.errors import UserError
 from xlstm_jax.train.run import say
 
 FILE = "lock"
-# Of file systems that have no locks.
+# Errors of file systems that have no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
 @contextlib.contextmanager
 def held(workdir: epath.Path) -> Iterator[None]:
-  """Within, no other run can write the workdir; readers do not ask.
+  """In this context, no other run can write to the workdir; readers can read.
 
-  The first process holds the lock. The kernel releases it however that ends.
+  Process 0 holds the lock. The operating system releases it however the process
+  ends.
 
   Raises:
     UserError: another run holds it, or the workdir cannot be written.
@@ -60,7 +61,7 @@ def _lock(descriptor: int, workdir: epath.Path) -> None:
       "second run writes there"
     )
     return
-  # Only for the sentence above: without room for it the lock holds as well.
+  # The name is for the sentence above; without room for it, the lock holds too.
   with contextlib.suppress(OSError):
     os.ftruncate(descriptor, 0)
     name = f"process {os.getpid()} on {socket.gethostname()}\n"

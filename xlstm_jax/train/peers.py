@@ -15,14 +15,14 @@ _KEY = "xlstm_jax"
 
 
 class Missing(RuntimeError):  # noqa: N818
-  """Some processes did not come to a meeting in time; the message says who."""
+  """Some processes missed a meeting; the message names them."""
 
 
 def meet(name: str, *, seconds: float) -> None:
-  """Returns when all processes have called this with the same, new name.
+  """Returns once all processes have called this with the same new name.
 
   Raises:
-    Missing: some have not, in time.
+    Missing: some have not called it in time.
   """
   client = _client()
   if client is None:
@@ -42,9 +42,9 @@ class Peers:
   """What the processes tell each other while they train.
 
   Args:
-    passed: counts the borders that this process has passed.
-    doing: says what this process does.
-    heard: called when another process was told to stop.
+    passed: returns the number of borders that this process has passed.
+    doing: says what this process is doing.
+    heard: called when another process received a signal to stop.
   """
 
   _SECONDS = 1.0
@@ -64,12 +64,12 @@ class Peers:
     self._thread.start()
 
   def close(self) -> None:
-    """Falls silent."""
+    """Stops telling the others."""
     self._closed.set()
     self._thread.join()
 
   def agree(self, passed: int) -> int:
-    """The border at which all stop: the furthest that one has passed."""
+    """The border at which all stop: the furthest that any has passed."""
     _client().key_value_set(
       f"{_KEY}/stop/{jax.process_index()}", str(passed), allow_overwrite=True
     )

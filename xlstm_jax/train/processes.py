@@ -21,12 +21,12 @@ AUTO = "auto"
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-  """Which of how many processes this one is.
+  """The number of processes, and which of them this is.
 
   Attributes:
-    coordinator: HOST:PORT that process 0 listens on, or `AUTO`.
-    count: how many there are; None where the coordinator is `AUTO`.
-    index: of this one, from 0; None where the coordinator is `AUTO`.
+    coordinator: HOST:PORT on which process 0 listens, or `AUTO`.
+    count: Number of processes; None if the coordinator is `AUTO`.
+    index: Number of this process, from 0; None if the coordinator is `AUTO`.
   """
 
   coordinator: str
@@ -35,7 +35,7 @@ class Processes:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-  """The flags of a run of several processes."""
+  """Adds the flags of a run of several processes."""
   group = parser.add_argument_group("several processes, one on every host")
   group.add_argument(
     "--coordinator",
@@ -50,7 +50,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def from_flags(options: argparse.Namespace) -> Processes | None:
-  """What the flags say; None for one process.
+  """The processes that the flags describe; None for a single process.
 
   Raises:
     UserError: they are incomplete or contradict each other.
@@ -79,16 +79,16 @@ def from_flags(options: argparse.Namespace) -> Processes | None:
 
 
 def join(processes: Processes | None, limits: LimitsConfig) -> None:
-  """Returns when all processes are there.
+  """Returns once all processes have joined.
 
   Raises:
     UserError: `AUTO` finds no launcher, or process 0 cannot listen.
-    Missing: some are not there in time; it names them.
+    Missing: some processes have not joined in time; the message names them.
   """
   if processes is None:
     return
   for key in ("join_seconds", "heartbeat_seconds"):
-    # Whole configurations are checked against devices, and these come later.
+    # Whole configurations are checked against devices, which come later.
     if (seconds := getattr(limits, key)) < 1:
       raise UserError(
         f"config.limits.{key} is {seconds}; it must be at least 1."
@@ -156,7 +156,7 @@ def _call_the_roll(
       server.settimeout(left)
       with contextlib.suppress(TimeoutError):
         caller = stack.enter_context(server.accept()[0])
-        # What calls here by mistake holds nobody up for long.
+        # A caller that came by mistake must not delay the others for long.
         caller.settimeout(1)
         with contextlib.suppress(OSError, ValueError):
           missing.discard(int(caller.makefile().readline(32)))
@@ -188,9 +188,9 @@ def _listening(coordinator: str) -> socket.socket:
 def _answer_the_roll(
   processes: Processes, limits: LimitsConfig, deadline: float
 ) -> None:
-  """Calls process 0 until it says that everybody is there."""
+  """Calls process 0 until it says that all processes have joined."""
   host, port = processes.coordinator.rsplit(":", 1)
-  # Process 0 tells who is missing at its own deadline, perhaps after ours.
+  # Process 0 names the missing at its own deadline, which may come after ours.
   patience = 2 * limits.join_seconds
   while True:
     with contextlib.suppress(OSError):
@@ -221,6 +221,6 @@ def _absent(
 
 
 def leave() -> None:
-  """Parts from the others, when all have come to the end."""
+  """Leaves the other processes once all have finished."""
   if jax.distributed.is_initialized():
     jax.distributed.shutdown()

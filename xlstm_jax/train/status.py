@@ -4,15 +4,15 @@ import enum
 
 
 class Status(enum.IntEnum):
-  """What a scheduler can tell apart; it may start the run again after each.
+  """The statuses that a scheduler can distinguish.
 
   Attributes:
-    DONE: all steps are done.
-    USER_ERROR: the configuration, the data, the workdir or the machine is not
-      what it must be.
-    DIVERGED: rolled back too often.
-    HUNG: no step finished in time, or a process was missing.
-    PREEMPTED: a signal ended it (EX_TEMPFAIL: try again).
+    DONE: All steps are done.
+    USER_ERROR: The configuration, the data, the workdir or the machine is
+      wrong.
+    DIVERGED: The run rolled back too often.
+    HUNG: An activity exceeded its limit, or a process was missing.
+    PREEMPTED: A signal ended the run (EX_TEMPFAIL: try again).
   """
 
   DONE = 0

@@ -18,9 +18,9 @@ class Watchdog:
   """Watches that every activity of a run ends in time.
 
   Args:
-    clock: knows the activity.
-    seconds: by activity, how long it may take.
-    workdir: takes the stacks, in hang-PROCESS.txt.
+    clock: knows the current activity.
+    seconds: how long each activity may take.
+    workdir: receives the stacks, in hang-PROCESS.txt.
     behind: says which processes are missing; may hang itself.
   """
 
@@ -41,18 +41,18 @@ class Watchdog:
     self._thread.start()
 
   def close(self) -> None:
-    """Watches no more."""
+    """Stops watching."""
     self._closed.set()
     self._thread.join()
 
   def _watch(self) -> None:
     tick = min(1.0, min(self._seconds.values()) / 10)
     changes, waited = self._clock.changes, 0.0
-    # Ticks are counted: a process that was suspended has not hung.
+    # Ticks are counted, because a process that was suspended has not hung.
     while not self._closed.wait(tick):
       waited += tick
-      # Read before `changes`, as the clock sets it after: an activity that is
-      # not the one waited for comes with a change.
+      # The clock sets `activity` after `changes`, so it is read before: a new
+      # activity always comes with a change.
       activity, now = self._clock.activity, self._clock.changes
       if changes != now:
         changes, waited = now, 0.0
@@ -66,7 +66,7 @@ class Watchdog:
     )
     print(f"{title}; the stacks of its threads:", file=sys.stderr, flush=True)
     faulthandler.dump_traceback(sys.__stderr__ or 2)
-    # Neither the workdir nor the other processes need answer.
+    # Neither the workdir nor the other processes may answer.
     for work in (lambda: self._save(title), self._name_who_is_behind):
       thread = threading.Thread(target=work, daemon=True)
       thread.start()
