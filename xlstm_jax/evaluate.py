@@ -34,9 +34,9 @@ class Score:
   """The loss summed over `tokens` targets.
 
   Attributes:
-    nats: Sum of -log p(target).
-    tokens: Number of targets: the tokens of documents and their ends.
-    bytes: UTF-8 bytes of the text of these targets; None if they are only a
+    nats: the sum of -log p(target).
+    tokens: targets: the tokens of documents and their ends.
+    bytes: UTF-8 bytes of the text these targets are; None when they are a
       part of the split.
   """
 
@@ -63,7 +63,7 @@ class Score:
 
   @property
   def bits_per_byte(self) -> float | None:
-    """Bits per UTF-8 byte of text; None if there is no text."""
+    """Bits per UTF-8 byte of text; None without any text."""
     return self.nats / math.log(2) / self.bytes if self.bytes else None
 
 
@@ -94,23 +94,23 @@ def evaluate_split(
 ) -> Result:
   """Scores every token of every document and its end exactly once.
 
-  `batch_size`, `piece` and `mesh` change the result by rounding only. The
-  losses leave the device in fp32 and are summed in fp64. However long windows
-  or documents are, a device holds its share of `batch_size` times `piece`
-  positions at a time, or of `batch_size` windows if these are shorter.
+  The result depends on `batch_size`, `piece` and `mesh` by rounding alone. The
+  losses leave the device in fp32 and are added up in fp64. However long the
+  windows or documents are, a device holds its share of `batch_size` times
+  `piece` positions at a time, or of `batch_size` windows if they are shorter.
 
   Args:
     definition: the model; dropout is off.
     params: its parameters, on `mesh`.
-    split: the split to score, or the folder with its "heldout" split.
-    context: length of the windows, each of which starts from an empty state; or
-      "document", which carries the state through every document.
-    batch_size: largest number of rows at a time.
+    split: what to score, or the folder whose "heldout" split it is.
+    context: windows of so many positions, each from an empty state; or
+      "document", where the state is carried through every document.
+    batch_size: rows at a time, at most.
     mesh: rows are spread over data and fsdp, positions over sequence.
-    max_tokens: about the largest number of targets to score: whole windows at
-      equal distances over the split, always the same; None for all.
-    piece: positions at a time of a longer window or document; a batch of fewer
-      rows has proportionally more.
+    max_tokens: score at most about so many targets: whole windows at equal
+      distances over the split, always the same; None for all.
+    piece: positions at a time of a window or document that is longer; a batch
+      of fewer rows has as many more.
     loss_chunk: positions whose logits exist at a time.
     before_batch: called before every batch; may raise to end the evaluation.
 
@@ -126,7 +126,7 @@ def evaluate_split(
       f"{definition.cfg.vocab_size}; prepare it with the model's tokenizer."
     )
   if context != "document":
-    # A window need not be longer than the split.
+    # A window is no longer than the split.
     context = min(context, _multiple(split.tokens, _step(mesh)))
   length = piece if context == "document" else min(context, piece)
   _check_batch(batch_size, length, mesh)
@@ -218,15 +218,15 @@ def _windows(
     yield {name: np.pad(rows, missing) for name, rows in batch.items()}
 
 
-# Positions that lanes may take per token, as all wait for the longest lane.
+# Of all tokens, what lanes may take with the waiting for the longest of them.
 _WAITING = 4 / 3
 
 
 class _Lane(NamedTuple):
   """Spans of the stream that a row reads one after the other.
 
-  Each array has a number for every span: its first input position in the
-  stream, its begin and its end in the lane, and its source if it has only one.
+  Arrays of a number per span: its first input position in the stream, where it
+  begins and ends in the lane, and its source if it is of one.
   """
 
   starts: np.ndarray
@@ -244,23 +244,23 @@ def _lanes(
   piece: int,
   mesh: Mesh,
 ) -> Iterator[Batch]:
-  """Batches in which row b continues where row b of the previous batch ended.
+  """Batches in which row b goes on where row b of the batch before ended.
 
-  The segments of a lane number its spans and the documents in them. So the
-  state is carried exactly as far as a document goes, and never out of a span.
+  The segments of a lane count its spans and the documents in them, so that the
+  state is carried exactly as far as a document goes, and out of no span.
 
   Args:
-    split: the split that is read.
+    split: what is read.
     starts: first input position of every span.
-    stops: end of every span.
-    sources: source of every span; None if spans have several sources.
-    batch_size: largest number of lanes.
-    piece: positions at a time if there are that many lanes.
-    mesh: the mesh, which must divide a batch.
+    stops: the end of every span.
+    sources: of every span; None where they are of several.
+    batch_size: lanes, at most.
+    piece: positions at a time of so many lanes.
+    mesh: must divide a batch.
   """
   sizes = stops - starts
   shards = sharding.batch_shards(mesh)
-  # With more lanes, some would wait for the longest span.
+  # With more lanes than these some would wait for the longest span.
   rows = int(sizes.sum() // sizes.max()) // shards * shards
   rows = min(max(rows, shards), batch_size)
   packed, end = _packed(sizes, rows)
@@ -288,8 +288,7 @@ def _lanes(
 def _packed(sizes: np.ndarray, rows: int) -> tuple[list[np.ndarray], int]:
   """The numbers of the spans of each lane, and the length of the longest lane.
 
-  Spans are placed from the longest to the shortest, each in the lane that is
-  shortest at that point.
+  The longest span is placed first, each in the lane that is the shortest yet.
   """
   lane_of = np.empty(len(sizes), np.int64)
   shortest = [(0, lane) for lane in range(rows)]
@@ -311,11 +310,11 @@ def _read(
   """Fills one row with a lane's positions from `first` on.
 
   Args:
-    split: the split that is read.
-    lane: a lane of the split.
-    first: first position in the lane.
+    split: what is read.
+    lane: of it.
+    first: position in the lane.
     columns: zeros [T] for each name of a batch.
-    segment: the last segment of the lane before `first`.
+    segment: the last of the lane before `first`.
 
   Returns:
     The last segment.
@@ -345,7 +344,7 @@ def _read(
 
 
 def _even(count: int, limit: int, step: int) -> int:
-  """A size of parts, at most `limit`, that leaves little of the last one empty.
+  """The size of parts, at most `limit`, that leave little of the last empty.
 
   It is a multiple of `step`, or the limit.
   """
@@ -409,7 +408,7 @@ def _sums(
 
 
 def _put(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-  """The arrays that the model reads, on the mesh; every process has a share."""
+  """What the model reads, on the mesh; every process takes its share."""
   target = sharding.batch_sharding(mesh)
   return {
     name: jax.make_array_from_callback(
@@ -428,7 +427,7 @@ def _empty(definition, params, batch_size):
   jax.jit, static_argnames=("definition", "loss_chunk", "carry")
 )
 def _losses(definition, params, batch, state, *, loss_chunk, carry):
-  """The loss of every target [B, T], whole on every process, and the state."""
+  """The loss of every target [B, T], whole on every process; the state."""
   lm = definition.bind(params)
   x_BTD, state = lm(batch["inputs"], segments_BT=batch["segments"], state=state)
   loss_BT = token_losses(
@@ -590,11 +589,11 @@ def _context(text: str) -> Context:
 
 @contextlib.contextmanager
 def _memory_explained(context: Context, batch_size: int) -> Iterator[None]:
-  """In this context, exhausted memory is an error of the arguments."""
+  """Within, memory that runs out is an error of the arguments."""
   try:
     yield
   except (jax.errors.JaxRuntimeError, MemoryError) as error:
-    # XLA's message for a device's memory, and the error for a CPU's.
+    # What XLA says of a device's memory and of a CPU's.
     on_device = "RESOURCE_EXHAUSTED" in str(error)
     if not on_device and not isinstance(error, MemoryError):
       raise
@@ -615,7 +614,7 @@ def _count(folders: Sequence[str]) -> ngrams.NGrams:
 
 
 def _baselines(split: Split, counted: ngrams.NGrams) -> dict[str, Result]:
-  """The scores of the n-gram models on the targets of a split."""
+  """What the n-gram models reach on the targets of a split."""
   chunks = (
     (tokens, split.target_sources(start, start + len(tokens) - 1))
     for start, tokens in split.chunks()
@@ -707,7 +706,7 @@ def _as_json(
 
 
 def _finite(value: float | None) -> float | None:
-  """None for infinity and NaN, which JSON lacks but a model may reach."""
+  """JSON has no infinity and no NaN, which a diverged model reaches."""
   return value if value is not None and math.isfinite(value) else None
 
 

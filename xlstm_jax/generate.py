@@ -1,7 +1,7 @@
 """Continues a prompt: `python -m xlstm_jax.generate --help`.
 
-The prompt is read in sequence form. After that, every token is a step of
-constant memory and time.
+The prompt is read in sequence form; then every token is a step of constant
+memory and time.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from xlstm_jax.sharding import MeshConfig
 # of two: any length needs at most 8 compilations and bounded memory.
 PIECE = 1024
 _SHORTEST_PIECE = 8
-# Number of tokens that are drawn before the caller sees them.
+# Tokens drawn between two looks at them from outside.
 BLOCK = 32
-# Activities on which time is spent.
+# What time is spent on.
 COMPILE, READ, DRAW, OTHER = "compile", "read", "draw", "other"
 
 
@@ -34,11 +34,11 @@ class Sampling:
   """How the next token is drawn.
 
   Attributes:
-    temperature: Divisor of the logits; 0 takes the most likely token.
-    top_k: Only the k most likely tokens are drawn; None for all.
-    top_p: Of those, only the most likely ones that together reach this
-      probability at the temperature are drawn; 1 for all.
-    seed: Seed; equal seeds draw equal tokens.
+    temperature: divides the logits; 0 takes the most likely token.
+    top_k: only the k most likely tokens; None for all.
+    top_p: of those, only the most likely ones that reach this probability
+      together, at the temperature; 1 for all.
+    seed: equal seeds draw equal tokens.
   """
 
   temperature: float = 1.0
@@ -47,7 +47,7 @@ class Sampling:
   seed: int = 0
 
   def __post_init__(self):
-    """Refuses values that no token can be drawn with.
+    """Refuses what cannot be drawn from.
 
     Raises:
       UserError: a value is out of range.
@@ -105,18 +105,17 @@ def stream(
 ) -> Iterator[np.ndarray]:
   """Continues every prompt, as the start of a document, in blocks of tokens.
 
-  The rows are independent: each reads an end-of-text and its prompt, and
-  continues to the next end-of-text or for `max_tokens`. Memory does not grow
-  with the text.
+  The rows are independent: each reads an end-of-text and its prompt, and goes
+  on to the next end-of-text or for `max_tokens`. Memory does not grow with
+  the text.
 
   Args:
     definition: the model.
     params: its parameters.
     prompts: token ids; empty prompts are fine.
-    max_tokens: length of the longest continuation.
+    max_tokens: longest continuation.
     end_of_text: id of the token between documents.
-    vocab_size: the tokenizer's number of ids; the model may have unused ids
-      above it.
+    vocab_size: the tokenizer's; the model may have unused ids above it.
     sampling: how tokens are drawn.
     clock: counts the time spent on `COMPILE`, `READ` and `DRAW`.
 
@@ -165,7 +164,7 @@ def stream(
 
 
 def _timed(clock, activity, program, *arguments, **static):
-  """Calls a jitted program, which is compiled once and timed separately."""
+  """Calls a jitted program; its compilation is counted apart, and done once."""
   with clock.spent_on(COMPILE):
     program.lower(*arguments, **static).compile()
   with clock.spent_on(activity):
@@ -173,7 +172,7 @@ def _timed(clock, activity, program, *arguments, **static):
 
 
 def _prefill(definition, params, prompts, end_of_text, clock):
-  """The state after every prompt, and the model's output at its last token."""
+  """The state behind every prompt, and the model's output at its last token."""
   rows = [[end_of_text, *prompt] for prompt in prompts]
   state, x_BD = _timed(clock, READ, _empty, definition, params, batch=len(rows))
   for tokens_BT, segments_BT in pieces(rows):
@@ -208,7 +207,7 @@ def pieces(
 
 
 def _round_up(length: int) -> int:
-  """The next power of two, so that only few lengths are compiled."""
+  """The next power of two: few lengths are compiled."""
   return max(_SHORTEST_PIECE, 1 << max(length - 1, 0).bit_length())
 
 
@@ -222,7 +221,7 @@ def _empty(definition, params, *, batch):
 
 @functools.partial(jax.jit, static_argnames="definition")
 def _read(definition, params, state, x_BD, tokens_BT, segments_BT):
-  """Reads a piece; rows with nothing but padding keep their state."""
+  """Reads a piece; rows that are padding alone keep what they have."""
   lm = definition.bind(params)
   x_BTD, state = lm(tokens_BT, segments_BT=segments_BT, state=state)
   length_B = (segments_BT > 0).sum(1)
@@ -293,7 +292,7 @@ def draw(
   ids_Z = jnp.argsort(logits_Z, descending=True)
   greedy = temperature == 0
   logits_Z = logits_Z[ids_Z]
-  # Relative to the largest logit, no temperature overflows.
+  # Relative to the largest, no temperature overflows.
   logits_Z = (logits_Z - logits_Z[0]) / jnp.where(greedy, 1, temperature)
   ranks_Z = jnp.arange(len(logits_Z))
   logits_Z = jnp.where(ranks_Z < top_k, logits_Z, -jnp.inf)
@@ -363,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _speed(tokens: int, seconds: float) -> str:
-  """The time that tokens took, and their number per second."""
+  """The time that tokens took, and how many a second that is."""
   rate = f" ({tokens / seconds:.3g} tokens/s)" if tokens else ""
   return f"{seconds:.3g} s{rate}"
 

@@ -36,16 +36,16 @@ from xlstm_jax.errors import UserError, exit_code
 _DESCRIPTION = """\
 Turns text into token shards that training, evaluation and generation read.
 
-Inputs are files or folders, and are read by their content. JSON lines have one
-document per line, as SlimPajama does:
+Inputs are files or folders, and are read by what they hold. JSON lines hold a
+document a line, as SlimPajama does:
   {"text": "...", "meta": {"redpajama_set_name": "RedPajamaWikipedia"}}
 Every other file is one document of plain text, except that .json files are JSON
 lines or skipped. Both may be packed: gzip, zstd, xz, bzip2. Parquet, archives
-and other formats are skipped, with advice. All text is UTF-8. Folders are read
+and the like are skipped, with what to do. All text is UTF-8. Folders are read
 recursively in sorted order, without hidden files and symbolic links.
 
-The same command continues an interrupted preparation, and writes the same files
-as one that never stopped.
+An interrupted preparation is continued by the same command, and gives the same
+files as one that never stopped.
 """
 _EXAMPLES = """\
 examples:
@@ -56,7 +56,7 @@ examples:
 """
 
 _MIB = 2**20
-# Text per task of a worker, large compared with the cost of a message.
+# Text per task of a worker: large against the cost of sending a message.
 _TASK_BYTES = _MIB
 _COMMIT_SECONDS = 10.0
 _SHOWN_PROBLEMS = 20
@@ -98,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     action="append",
     required=True,
     metavar="[SOURCE=]PATH",
-    help="a file or folder to read; may be given several times; documents "
-    f"that name no source get SOURCE, or {documents.DEFAULT_SOURCE!r}",
+    help="a file or folder to read, may be given several times; documents "
+    f"that name no source get SOURCE, or else {documents.DEFAULT_SOURCE!r}",
   )
   parser.add_argument(
     "--output",
@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--end-of-text",
     metavar="TOKEN",
-    help="the end-of-text token of the tokenizer.json, if it is not one of "
+    help="the end-of-text token of the tokenizer.json, where it is not one of "
     f"{', '.join(tokenizer.END_OF_TEXT_NAMES[:4])} and the like",
   )
   parser.add_argument(
@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _cores() -> int:
-  """The number of cores that this process may use."""
+  """The cores this process may use, where the system tells."""
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
@@ -259,7 +259,7 @@ class _Preparation:
     return 0
 
   def _recognise(self) -> journal.Journal:
-    """The journal to continue with; refuses that of another command."""
+    """The journal to go on with; refuses what is not of this command."""
     new = journal.Journal(
       settings=_settings(self._options, self._given),
       listing=documents.listing_hash(self._inputs, times=True),
@@ -290,7 +290,7 @@ class _Preparation:
   def _refuse_other_rules(
     self, old: journal.Journal, new: journal.Journal
   ) -> None:
-    """Refuses to continue, or to compare contents, by other rules."""
+    """Refuses to go on, or to compare contents, by other rules."""
     done = (self._output / files.MANIFEST).exists()
     if old.rules == new.rules or (done and old.listing == new.listing):
       return
@@ -320,7 +320,7 @@ class _Preparation:
         )
       return tokens
     tokens = self._given or self._train()
-    # An attempt with another tokenizer may have left files.
+    # What an attempt with another tokenizer may have left.
     (self._output / tokenizer.HUGGING_FACE_FILE).unlink(missing_ok=True)
     tokens.save(self._output)
     self._journal.tokenizer = tokens.hash
@@ -336,7 +336,7 @@ class _Preparation:
     return tokens
 
   def _training_texts(self) -> Iterator[str]:
-    """Documents that are not held out, the same amount from every argument."""
+    """Documents that are not held out, the same amount of every argument."""
     budget = _training_mib(self._options) * _MIB
     share = budget // len(self._options.input)
     for argument in range(len(self._options.input)):
@@ -534,7 +534,7 @@ class _Preparation:
 class _Skipped:
   """The list of what could not be read: file, line and reason, as JSON lines.
 
-  It is useful even if nothing else is written, after a refusal.
+  It is of use where nothing else is written, after a refusal.
   """
 
   def __init__(self, path: Path):
@@ -542,7 +542,7 @@ class _Skipped:
     self._waiting: list[str] = []
 
   def cut(self, kept: int) -> None:
-    """Keeps only the lines that the journal counts."""
+    """Keeps so many lines: those that the journal counts."""
     if kept == 0:
       self.path.unlink(missing_ok=True)
     elif self.path.exists():
@@ -552,7 +552,7 @@ class _Skipped:
         file.truncate(file.tell())
 
   def add(self, name: str, problem: documents.Problem) -> None:
-    """Adds an entry, which the next `write` lists."""
+    """Lists one more, with the next `write`."""
     value = {"file": name, "line": problem.line, "reason": problem.reason}
     self._waiting.append(f"{json.dumps(value)}\n")
 
@@ -567,7 +567,7 @@ class _Skipped:
 
 
 class _Progress:
-  """A line on stderr: often on a terminal, otherwise every half minute."""
+  """A line on stderr: often on a terminal, else every half minute."""
 
   def __init__(self, inputs: Sequence[documents.Input], place: documents.Place):
     self._before = [0]
@@ -674,7 +674,7 @@ def _given_tokenizer(options: argparse.Namespace) -> tokenizer.Tokenizer | None:
 def _settings(
   options: argparse.Namespace, given: tokenizer.Tokenizer | None
 ) -> dict[str, Any]:
-  """Everything but the inputs that shapes the output, by option."""
+  """All that shapes the output beside the inputs, by option."""
   if given:
     chosen = {"tokenizer": f"{given.kind} {given.hash}"}
   else:
@@ -695,7 +695,7 @@ def _training_mib(options: argparse.Namespace) -> int:
 
 
 def _refuse_ignored(options: argparse.Namespace) -> None:
-  """Refuses options that the chosen tokenizer would ignore."""
+  """Refuses what the chosen tokenizer would not heed."""
   size, end = options.train_tokenizer_size, options.end_of_text
   if options.train_tokenizer is None and size is not None:
     raise UserError(
@@ -721,11 +721,11 @@ def _refuse_ignored(options: argparse.Namespace) -> None:
 def _tasks(
   pieces: Iterable[documents.Piece],
 ) -> Iterator[list[documents.Piece]]:
-  """Groups small pieces, such as short text files."""
+  """Groups small pieces, as of short text files."""
   task, held = [], 0
   for piece in pieces:
     task.append(piece)
-    # The constant stands for the cost of a piece apart from its data.
+    # The constant stands for what a piece costs beside its data.
     held += len(piece.data) + 256
     if held >= _TASK_BYTES:
       yield task
@@ -769,7 +769,7 @@ def _stop_requests() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def _exclusive(output: Path) -> Iterator[None]:
-  """Creates the folder, and locks it against a second preparation."""
+  """Creates the folder and locks it against a second preparation."""
   try:
     output.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(output, os.O_RDONLY | os.O_DIRECTORY)

@@ -1,4 +1,4 @@
-"""What stays the same during a run, and how it prints."""
+"""What stays the same during a run, and its voice."""
 
 import dataclasses
 
@@ -18,13 +18,13 @@ class Run:
   """A run in its workdir.
 
   Attributes:
-    cfg: The run's configuration.
-    workdir: The run's folder.
-    definition: The model.
-    mesh: The mesh of all devices.
-    manifests: The manifests of its datasets.
-    heldout: Their held-out splits, if the run evaluates.
-    checkpoints: The checkpoints in its workdir.
+    cfg: its configuration.
+    workdir: its folder.
+    definition: the model.
+    mesh: of all devices.
+    manifests: of its datasets.
+    heldout: their held-out splits, if it evaluates.
+    checkpoints: in its workdir.
   """
 
   cfg: RunConfig
@@ -37,6 +37,6 @@ class Run:
 
 
 def say(line: str) -> None:
-  """Prints a line, on process 0 only."""
+  """Prints a line, on the first of several processes."""
   if jax.process_index() == 0:
     print(line, flush=True)
