@@ -1,31 +1,25 @@
-"""Times the mLSTM's backends and their public peers, and measures their errors.
+"""Times the mLSTM's backends and their public peers, errors beside each time.
 
   python scripts/bench_cells.py --json=bench.json
   python scripts/bench_cells.py --shape=1,256,2,64,128 --row=chunkwise-64
   python scripts/bench_cells.py --tune --shape=8,8192,8,256,512 --jobs=8
 
 A shape is rows, tokens, heads, keys and values. Every row of the table runs in
-a process of its own; one that cannot run says why. Times are medians of rounds,
-in ms, on random bfloat16 data. Errors are relative to the definition in
-float64, on 256 tokens of the same heads.
+a process of its own; one that cannot run says why. Times are medians of
+rounds, in ms, on random bfloat16 data; errors are relative to the definition
+in float64, on 256 tokens of the same heads. Peers: mlstm_kernels' two Triton
+kernels (without the normaliser's gradient), FLA's simple_gla and cuDNN's causal
+attention in JAX, of the same width in heads of 128; the last two compute
+something else, and their errors are relative to the definition of that. GiB are
+the peak of one forward and backward pass, arguments and results included: in
+JAX of the compiled program, in PyTorch of what was allocated. FLA refuses the
+backward pass of simple_gla on Hopper with Triton from 3.4 to before 3.7.1. With
+--jobs so many rows are made ready side by side, while the GPU runs one of them;
+the Pallas kernels' then compile without XLA trying out fusions on the GPU.
 
-Peers are mlstm_kernels' two Triton kernels (without the normaliser's gradient),
-FLA's simple_gla, and cuDNN's causal attention in JAX, with the same width in
-heads of 128. The last two compute something else; their errors are relative to
-the definition of that. FLA refuses the backward pass of simple_gla on Hopper
-with Triton from 3.4 to before 3.7.1.
-
-GiB is the peak of one forward and backward pass, with arguments and results. In
-JAX it comes from the compiled program's memory analysis, in PyTorch from the
-allocator.
-
---jobs is the number of rows that are prepared side by side while the GPU runs
-one of them. The Pallas kernels then compile without XLA timing fusions on the
-GPU.
-
---tune times the block sizes of the Pallas kernels, forward and backward. It
-writes the fastest ones at each shape into the table that the backend reads for
-such heads. If several shapes have the same heads, the last one counts.
+--tune times the block sizes of the Pallas kernels, forward and backward, and
+writes those that were fastest at each shape into the table that the backend
+reads for such heads: of several shapes with the same heads the last one's.
 """
 
 import argparse
@@ -507,9 +501,9 @@ def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--shape", action="append", help="rows,tokens,heads,K,V")
   parser.add_argument("--row", action="append", choices=ROWS)
-  parser.add_argument("--json", type=pathlib.Path, help="file for the results")
+  parser.add_argument("--json", type=pathlib.Path, help="where results go")
   parser.add_argument(
-    "--jobs", type=int, default=1, help="rows prepared side by side"
+    "--jobs", type=int, default=1, help="rows made ready side by side"
   )
   parser.add_argument(
     "--tune", action="store_true", help="write the table of block sizes"
