@@ -1,4 +1,4 @@
-"""Compares an sLSTM or LSTM kernel with the native form."""
+"""The comparison of an sLSTM or LSTM kernel with the native form."""
 
 import functools
 from collections.abc import Callable
@@ -23,13 +23,13 @@ def prepared(
 
   Args:
     run: `slstm` or `lstm`.
-    registry: Its backends.
-    backend: The name of the backend to compare.
-    shapes: Shapes of the arrays that the device computes.
+    registry: Of its backends.
+    backend: The name of one.
+    shapes: What the device computes.
 
   Returns:
-    A function that compares values and gradients, and raises a `UserError` with
-    the figures if they disagree.
+    What compares values and gradients, and raises a `UserError` with the
+    figures if they disagree.
 
   Raises:
     UserError: The backend cannot compute this on the device.
