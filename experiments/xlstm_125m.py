@@ -14,9 +14,10 @@ Published (xLSTM paper): peak learning rate 3e-3, and what all sizes share
 (`xlstm_jax/config/recipes.py`). Ours: remat, accumulation and the mesh, which
 change memory and speed only.
 
-Machine: one H100 of 80 GB (h100:1). 32 rows at a time, of which matmul outputs
-are kept, take 18 of the 59 GiB that JAX has there (compiled, docs/plan.md). On
-n devices divide the accumulation by n: each then has as many rows at a time.
+Machine: one H100 of 80 GB (h100:1). Computing 32 rows at a time and keeping
+their matmul outputs takes 18 of the 59 GiB that JAX has there (compiled,
+docs/plan.md). On n devices divide the accumulation by n, so that each device
+has as many rows at a time.
 
 Cost: computed, 1.47e19 training FLOPs (0.936 GFLOP a token, models.counts, and
 15.7B tokens). Measured on one H200 (jax 0.11.2) in batches of 32 such rows:
