@@ -10,12 +10,12 @@ from xlstm_jax.cells.documents import documents
 from xlstm_jax.cells.mlstm import sequence
 from xlstm_jax.cells.mlstm.chunkwise import chunkwise
 from xlstm_jax.cells.mlstm.gates import log_gates
-from xlstm_jax.cells.mlstm.pallas_gpu import (
+from xlstm_jax.cells.mlstm.hopper import (
   device_refusal,
   pallas_gpu,
   refusal,
 )
-from xlstm_jax.cells.mlstm.pallas_gpu_blocks import CHUNKS
+from xlstm_jax.cells.mlstm.hopper.block_sizes import CHUNKS
 from xlstm_jax.cells.mlstm.parallel import Tokens, parallel, update
 from xlstm_jax.cells.mlstm.recurrent import recurrent
 from xlstm_jax.cells.mlstm.state import State, empty_state
