@@ -63,7 +63,7 @@ Letters:
     L   tokens of a chunk       k, v, l   keys, values and tokens of a tile
     P   2N: the rounded states before (D: after) all N chunks, then what
         rounding took from them, where a state has two parts
-    R   spans of chunks that `scan` runs over side by side
+    R   spans of chunks that `scan_states` runs over side by side
 
 Capital letters are dimensions of arrays in memory, small ones of tiles in
 registers or shared memory: q_BTHK, C_kv, scores_ts. `_ref` marks references to

@@ -16,7 +16,7 @@ TABLE = pathlib.Path(__file__).with_suffix(".json")
 MAX_DIM = 1280  # keys or values of a head
 MULTIPROCESSORS = 132  # of an H100 and an H200
 ROWS = 64  # of a warpgroup's matrix product
-TOKENS = 64  # of a tile that `scan` loads
+TOKENS = 64  # of a tile that `scan_states` loads
 BLOCK = 128  # tokens of a thread block: two warpgroups of rows
 SHARED_MEMORY = 227 * 1024  # bytes that a thread block may have
 RESERVED = 4096  # of these, for vectors and barriers
@@ -28,7 +28,7 @@ class Blocks(NamedTuple):
 
   Attributes:
     chunk: Tokens of a chunk.
-    state_columns: Most columns of C that a block of `scan` keeps.
+    state_columns: Most columns of C that a block of `scan_states` keeps.
     sum_columns: Most columns of h that a block of `combine` computes.
     gradient_columns: Most columns of a gradient that it computes.
   """
@@ -92,7 +92,7 @@ def out_width(columns: int, *out_dims: int) -> int:
 
 
 def scan_blocks(key_dim: int, value_dim: int, columns: int) -> tuple[int, int]:
-  """Into how many blocks `scan` splits the keys and values of a head.
+  """Into how many blocks `scan_states` splits the keys and values of a head.
 
   A block has 64, 96 or 128 keys.
   """

@@ -26,7 +26,7 @@ def inner_products(
   *,
   interpret: Any = None,
 ) -> jax.Array:
-  """The sum of C D over K and V, of states as `scan` writes them.
+  """The sum of C D over K and V, of states as `scan_states` writes them.
 
   Second parts are read where there are any, but their product is left out. XLA
   would always read them.

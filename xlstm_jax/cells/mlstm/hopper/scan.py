@@ -143,7 +143,7 @@ class _Plan:
 
 
 @lowered_once("chunk", "interpret", "columns", "reverse", "save", "buffers")
-def scan(
+def scan_states(
   k_BTHK: jax.Array,
   v_BTHV: jax.Array,
   write_BHT: jax.Array,

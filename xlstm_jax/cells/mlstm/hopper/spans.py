@@ -1,7 +1,8 @@
-"""`scan` in spans: states, and gradients, of rows too few to fill the GPU.
+"""States and their gradients, also of rows too few to fill the GPU.
 
-Spans of chunks run side by side. Each starts from what all spans before it
-leave, which takes a first pass that keeps only their ends.
+Where they are too few, `scan_states` runs over spans of chunks side by side.
+Each starts from what all spans before it leave, which takes a first pass that
+keeps only their ends.
 """
 
 import math
@@ -17,7 +18,7 @@ from xlstm_jax.cells.mlstm.hopper.block_sizes import (
   scan_blocks,
   span_count,
 )
-from xlstm_jax.cells.mlstm.hopper.scan import scan
+from xlstm_jax.cells.mlstm.hopper.scan import scan_states
 from xlstm_jax.cells.mlstm.scales import Scales
 
 States = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -34,7 +35,7 @@ def states(
   blocks: Blocks,
   interpret: Any,
 ) -> States:
-  """C_BHPKV and n_BHNK before every chunk, as `scan` writes them, and the last.
+  """C and n before every chunk, as `scan_states` writes them, and the last.
 
   A token writes k v^T into C, and k into n, with the same weight.
   """
@@ -60,7 +61,7 @@ def state_gradients(
   blocks: Blocks,
   interpret: Any,
 ) -> States:
-  """D_BHPKV and dn_BHNK after every chunk, and those of the first state.
+  """D and dn after every chunk, and those of the first state.
 
   A token adds read q dh^T to D and read bias q to dn. `parts_BHN` is of the
   gradients.
@@ -78,7 +79,7 @@ def _in_spans(
   k, v, write, write_n, keep, parts, C, n, *, blocks, reverse, interpret
 ) -> States:
   spans_of = partial(
-    scan,
+    scan_states,
     *(k, v, write, write_n, keep, parts),
     chunk=blocks.chunk,
     columns=blocks.state_columns,

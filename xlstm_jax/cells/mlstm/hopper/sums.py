@@ -28,8 +28,8 @@ class Operands(NamedTuple):
     value_BTHO: What is summed over the columns of the pairs.
     partner_BTHO: What `dot` multiplies.
     scale_BHT: Weight of what is read of the state.
-    state_BHPIO: States between chunks, with their parts as `scan` writes them;
-      BHPOI where they are transposed.
+    state_BHPIO: States between chunks, as `scan_states` writes them; BHPOI
+      where they are transposed.
     vector_BHNO: n or dn between chunks.
     pairs_BHTL: Weights of pairs of tokens of a chunk.
   """
