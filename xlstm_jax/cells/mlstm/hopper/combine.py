@@ -72,8 +72,8 @@ class _Shared(NamedTuple):
   transposed.
   """
 
-  left: tuple[Any, Any]
-  right: tuple[Any, Any]
+  left: Any
+  right: Any
   vector: Any
   y: Any
   full: Any
@@ -93,7 +93,9 @@ class _Plan:
   """
 
   forms: tuple[Form, ...]
-  batch_heads_chunks: tuple[int, int, int]
+  batch: int
+  heads: int
+  chunks: int
   chunk: int
   inner: tuple[int, ...]
   out: tuple[int, ...]
@@ -117,8 +119,9 @@ class _Plan:
 
   @property
   def schedule(self) -> Schedule:
-    batch, heads, chunks = self.batch_heads_chunks
-    return Schedule(batch, heads, chunks, self.ends[-1], self.most_blocks)
+    return Schedule(
+      self.batch, self.heads, self.chunks, self.ends[-1], self.most_blocks
+    )
 
   @property
   def depth(self) -> int:
@@ -179,11 +182,14 @@ def combine(
   The blocks take them from chunk after chunk, at most so many columns of a
   result at a time, so that those of a chunk run at about the same time.
   """
+  batch, heads, chunks = sums[0].parts_BHN.shape
   operands = [x.operands for x in sums]
   out = tuple(x.value_BTHO.shape[-1] for x in operands)
   plan = _Plan(
     forms=tuple(x.form for x in sums),
-    batch_heads_chunks=sums[0].parts_BHN.shape,
+    batch=batch,
+    heads=heads,
+    chunks=chunks,
     chunk=chunk,
     inner=tuple(x.query_BTHI.shape[-1] for x in operands),
     out=out,
@@ -389,7 +395,6 @@ class _Loads:
     reads, ring = item.reads, block.ring
     left, _ = block.shared.left
     right, transposed = block.shared.right
-    chunks = block.plan.batch_heads_chunks[2]
     for start, _ in item.pieces:
       slot = ring.room(step)
       inner = pl.ds(start, block.plan.depth)
@@ -402,7 +407,7 @@ class _Loads:
         reads.query_BTHI.at[item.b, self.rows, item.h, inner],
         left.at[slot],
       )
-      place = item.b, item.h, part * chunks + item.n, *place
+      place = item.b, item.h, part * block.plan.chunks + item.n, *place
       ring.fill(slot, reads.state_BHPIO.at[*place], target.at[slot])
       step += 1
     return step

@@ -243,7 +243,8 @@ class Block:
         return step, column + 1
 
       counts = tile(r, counts)
-      return lax.fori_loop(*others(r), tile, counts)
+      first, end = others(r)
+      return lax.fori_loop(first, end, tile, counts)
 
     return item
 

@@ -91,7 +91,8 @@ class _Shared(NamedTuple):
 class _Plan:
   """Sizes, and what is static otherwise."""
 
-  heads_of_rows: tuple[int, int]
+  batch: int
+  heads: int
   spans: int
   chunks: int
   chunk: int
@@ -174,7 +175,7 @@ def scan_states(
   """
   batch, time, heads, key_dim = k_BTHK.shape
   plan = _Plan(
-    (batch, heads), C_BHRKV.shape[2], time // chunk, chunk,
+    batch, heads, C_BHRKV.shape[2], time // chunk, chunk,
     key_dim, v_BTHV.shape[-1], columns, buffers, reverse, save, interpret,
   )  # fmt: skip
 
@@ -211,7 +212,7 @@ def _launch(kernel, plan: _Plan, reads: _Reads) -> _Writes:
   else:
     cluster = {}
     freed = plgpu.Barrier(num_arrivals=workers, num_barriers=buffers)
-  batch, heads = plan.heads_of_rows
+  batch, heads = plan.batch, plan.heads
   key_dim, value_dim = plan.key_dim, plan.value_dim
   saved = plan.chunks if plan.save else 1
   writes = _Writes(
