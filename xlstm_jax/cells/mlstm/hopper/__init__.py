@@ -54,21 +54,25 @@ What is computed, for token t of a chunk, s before it or itself:
 
 Letters:
 
-    B   rows of the batch       t   token that reads
-    T   tokens                  s   token that writes
-    H   heads                   b, h, n   row, head and chunk of a block
-    K   keys                    r   row of a tile, for each of which a thread
-    V   values                      group holds numbers: t, s or neither
-    N   chunks                  c   column of pairs, o column of a result
-    L   tokens of a chunk       k, v, l   keys, values and tokens of a tile
-    P   2N: the rounded states before (D: after) all N chunks, then what
-        rounding took from them, where a state has two parts
+    B   rows of the batch
+    T   tokens
+    H   heads
+    K   keys, V values
+    N   chunks, L tokens of a chunk
+    P   2N: the states before (D: after) all N chunks, rounded, and then what
+        rounding took from them, which is there where a state has two parts
     R   spans of chunks that `scan_states` runs over side by side
 
-Capital letters are dimensions of arrays in memory, small ones of tiles in
-registers or shared memory: q_BTHK, C_kv, scores_ts. `_ref` marks references to
-memory. Names of arrays that a kernel reads or writes in memory have the
-letters; buffers in shared memory have the same names without them.
+    b, h, n   row, head and chunk that a block is at
+    t, s      token that reads, token that writes
+    r, c, o   in a chunk, a tile of 128 rows, of columns of pairs and of columns
+              of a result; as a suffix, a row or column of a tile
+    k, v, l   as a suffix: a key, value or token of a tile
+
+Capital letters are dimensions of arrays in memory, which have the same names in
+a kernel, where they are references; small letters are those of tiles and
+vectors in registers: q_BTHK, C_kv, scores_ts. `shared.k` is where k lies in
+shared memory. A ring is used in steps, and step i uses slot i % size.
 
 Modules, in the order to read them: `tiles`, `ring`, `scan`, `spans`; `schedule`
 and `pairs`, then `weigh` and `score_gradients`; `sums`, `combine`, `low_bits`;

@@ -4,7 +4,7 @@
   loads:     room(step)  fill(slot, ...)         waits for `free`, starts copies
                  |            |
                  |            v  the copies, when done, arrive at `full`
-  buffers:   [slot 0] [slot 1] ... [slot size-1]     step s uses slot s % size
+  buffers:   [slot 0] [slot 1] ... [slot size-1]     step i uses slot i % size
                  ^            |
                  |            v
   computes:  release(step)  take(step)           arrives at `free`, waits for

@@ -54,7 +54,7 @@ from xlstm_jax.cells.mlstm.hopper.tiles import (
 
 
 class _Reads(NamedTuple):
-  """What the kernel reads from memory."""
+  """What the kernel reads from memory: references there, arrays outside."""
 
   k_BTHK: Any
   v_BTHV: Any
@@ -89,7 +89,12 @@ class _Shared(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-  """Sizes, and what is static otherwise."""
+  """Sizes, and what is static otherwise.
+
+  Attributes:
+    columns: Most columns of C that a block keeps.
+    buffers: Buffers of the ring.
+  """
 
   batch: int
   heads: int
@@ -110,8 +115,7 @@ class _Plan:
     return self.chunk // TOKENS
 
   @property
-  def span(self) -> int:
-    """Chunks of a span."""
+  def span_chunks(self) -> int:
     return self.chunks // self.spans
 
   @property
@@ -175,8 +179,10 @@ def scan_states(
   """
   batch, time, heads, key_dim = k_BTHK.shape
   plan = _Plan(
-    batch, heads, C_BHRKV.shape[2], time // chunk, chunk,
-    key_dim, v_BTHV.shape[-1], columns, buffers, reverse, save, interpret,
+    batch=batch, heads=heads, spans=C_BHRKV.shape[2],
+    chunks=time // chunk, chunk=chunk,
+    key_dim=key_dim, value_dim=v_BTHV.shape[-1], columns=columns,
+    buffers=buffers, reverse=reverse, save=save, interpret=interpret,
   )  # fmt: skip
 
   def mlstm_states(reads, writes, *shared):
@@ -265,14 +271,14 @@ class _Block:
   ring: Ring
   b: Any
   h: Any
-  r: Any
+  span: Any
   k0: Any
   values: Any
   first: Any
 
   @classmethod
   def here(cls, plan: _Plan, reads: _Reads, writes: _Writes, shared: _Shared):
-    b, h, r = (lax.axis_index(name) for name in ("batch", "head", "span"))
+    b, h, span = (lax.axis_index(name) for name in ("batch", "head", "span"))
     key_block = lax.axis_index("key")
     if plan.paired:
       key_block = 2 * key_block + lax.axis_index("pair")
@@ -280,17 +286,19 @@ class _Block:
     values = pl.ds(lax.axis_index("value") * plan.width, plan.width)
     first = lax.axis_index("value") == 0
     ring = Ring(shared.full, shared.free, plan.buffers)
-    return cls(plan, reads, writes, shared, ring, b, h, r, k0, values, first)
+    return cls(
+      plan, reads, writes, shared, ring, b, h, span, k0, values, first
+    )  # fmt: skip
 
   def place(self, c):
     """The number of the span's c-th chunk among all chunks of the row."""
-    position = self.r * self.plan.span + c
+    position = self.span * self.plan.span_chunks + c
     return self.plan.chunks - 1 - position if self.plan.reverse else position
 
   def load(self):
     """Loads all tiles of tokens of the span, chunk after chunk."""
     plan, reads, shared, ring = self.plan, self.reads, self.shared, self.ring
-    steps = plan.span * plan.tiles
+    steps = plan.span_chunks * plan.tiles
     keys = pl.ds(self.k0, plan.block_keys)
 
     def tile(step, _):
@@ -320,23 +328,25 @@ class _Block:
     """Runs over the chunks of the span with 64 keys of C and n in registers."""
     plan, reads, writes = self.plan, self.reads, self.writes
     # Of 96 keys 32 belong to both warpgroups, which write the same.
-    k0 = worker * (plan.block_keys - ROWS)
-    keys = pl.ds(self.k0 + k0, ROWS)
-    first = (self.b, self.h, self.r, keys)
+    offset = worker * (plan.block_keys - ROWS)
+    keys = pl.ds(self.k0 + offset, ROWS)
+    state = (self.b, self.h, self.span, keys)
     C_kv = plgpu.load(
-      reads.C_BHRKV.at[*first, self.values], layout=MATRIX, optimized=False
+      reads.C_BHRKV.at[*state, self.values], layout=MATRIX, optimized=False
     )
-    n_k = load_rows(reads.n_BHRK.at[*first])
+    n_k = load_rows(reads.n_BHRK.at[*state])
 
     def chunk(c, carry):
       C_kv, n_k, keep, parts = carry
       # Read a chunk ahead, for memory answers late.
-      keep_next, parts_next = self.gates(jnp.minimum(c + 1, plan.span - 1))
+      keep_next, parts_next = self.gates(
+        jnp.minimum(c + 1, plan.span_chunks - 1)
+      )
       if plan.save:
         self.save(worker, keys, c, C_kv, n_k, parts)
       # What the last chunk leaves may be read by whatever follows.
-      exact = (parts_next > 1) | (c == plan.span - 1)
-      add = functools.partial(self.add_chunk, pl.ds(k0, ROWS))
+      exact = (parts_next > 1) | (c == plan.span_chunks - 1)
+      add = functools.partial(self.add_chunk, pl.ds(offset, ROWS))
       C_kv, n_k = lax.cond(
         exact,
         functools.partial(add, operands=2),
@@ -346,13 +356,13 @@ class _Block:
       return C_kv, n_k, keep_next, parts_next
 
     C_kv, n_k, *_ = lax.fori_loop(
-      0, plan.span, chunk, (C_kv, n_k, *self.gates(0))
+      0, plan.span_chunks, chunk, (C_kv, n_k, *self.gates(0))
     )
-    writes.C_last_BHRKV.at[*first, self.values][...] = C_kv
+    writes.C_last_BHRKV.at[*state, self.values][...] = C_kv
 
     @pl.when(self.first)
     def _last():
-      writes.n_last_BHRK.at[*first][...] = n_k
+      writes.n_last_BHRK.at[*state][...] = n_k
 
     plgpu.wait_smem_to_gmem(0)
 
