@@ -106,8 +106,7 @@ def score_gradients(
 
     def compute(k, item, counts):
       rows = Rows.of(
-        *(block, k, item),
-        *(reads.writer_BHT, reads.final_BT, reads.write_BHT),
+        block, k, item, reads.writer_BHT, reads.final_BT, reads.write_BHT
       )
       return _Writers(rows, reads, writes).differentiate(counts)
 
@@ -126,9 +125,18 @@ def score_gradients(
   return plan.run(
     mlstm_score_gradients,
     _Reads(
-      *(bias_BHT, final_BT, inverse_BHT, write_BHT, dn_BHNK),
-      *(writer_BHT, reader_BHT, k_BTHK, v_BTHV, q_BTHK, dh_BTHV),
-    ),
+      bias_BHT=bias_BHT,
+      final_BT=final_BT,
+      inverse_BHT=inverse_BHT,
+      write_BHT=write_BHT,
+      dn_BHNK=dn_BHNK,
+      writer_BHT=writer_BHT,
+      reader_BHT=reader_BHT,
+      k_BTHK=k_BTHK,
+      v_BTHV=v_BTHV,
+      q_BTHK=q_BTHK,
+      dh_BTHV=dh_BTHV,
+    ),  # fmt: skip
     ScoreGradients(tokens, pairs),
   )
 

@@ -106,8 +106,7 @@ def weigh(
 
     def compute(k, item, counts):
       rows = Rows.of(
-        *(block, k, item),
-        *(reads.reader_BHT, reads.first_BT, reads.past_BHT),
+        block, k, item, reads.reader_BHT, reads.first_BT, reads.past_BHT
       )
       return _Readers(rows, reads, writes, normalize).weigh(counts)
 
@@ -126,9 +125,16 @@ def weigh(
   return plan.run(
     mlstm_weights,
     _Reads(
-      *(first_BT, extra_BHT, floor_BHT, past_BHT, n_BHNK),
-      *(reader_BHT, writer_BHT, q_BTHK, k_BTHK),
-    ),
+      first_BT=first_BT,
+      extra_BHT=extra_BHT,
+      floor_BHT=floor_BHT,
+      past_BHT=past_BHT,
+      n_BHNK=n_BHNK,
+      reader_BHT=reader_BHT,
+      writer_BHT=writer_BHT,
+      q_BTHK=q_BTHK,
+      k_BTHK=k_BTHK,
+    ),  # fmt: skip
     Weights(tokens, pairs, tokens, tokens),
   )
 
