@@ -136,7 +136,7 @@ def score_gradients(
       v_BTHV=v_BTHV,
       q_BTHK=q_BTHK,
       dh_BTHV=dh_BTHV,
-    ),  # fmt: skip
+    ),
     ScoreGradients(tokens, pairs),
   )
 

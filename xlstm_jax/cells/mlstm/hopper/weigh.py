@@ -134,7 +134,7 @@ def weigh(
       writer_BHT=writer_BHT,
       q_BTHK=q_BTHK,
       k_BTHK=k_BTHK,
-    ),  # fmt: skip
+    ),
     Weights(tokens, pairs, tokens, tokens),
   )
 
