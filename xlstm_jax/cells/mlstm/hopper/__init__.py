@@ -81,10 +81,6 @@ the exponents, for kernels of any platform. docs/kernels.md has the reasons and
 docs/kernels_measured.md the measurements.
 """
 
-from xlstm_jax.cells.mlstm.hopper.cell import (
-  device_refusal,
-  pallas_gpu,
-  refusal,
-)
+from xlstm_jax.cells.mlstm.hopper.cell import pallas_gpu, refusal
 
-__all__ = ["device_refusal", "pallas_gpu", "refusal"]
+__all__ = ["pallas_gpu", "refusal"]

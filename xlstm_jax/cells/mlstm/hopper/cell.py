@@ -1,6 +1,5 @@
-"""The mLSTM backend `pallas_gpu`: when it can run, and what it pads."""
+"""The mLSTM backend `pallas_gpu`: what it takes, and what it pads."""
 
-import re
 from typing import Any
 
 import jax
@@ -18,9 +17,6 @@ from xlstm_jax.cells.mlstm.hopper.block_sizes import (
 )
 from xlstm_jax.cells.mlstm.scales import last_stabilizer
 from xlstm_jax.cells.mlstm.state import State
-
-# Names of Hopper GPUs: a mesh of described devices tells no capability.
-_HOPPER = re.compile(r"NVIDIA G?H\d")
 
 
 def pallas_gpu(
@@ -110,21 +106,6 @@ def refusal(
     )
   if chunk not in CHUNKS:
     return f"chunk is {chunk}, and it takes chunks of 128 or 256 tokens"
-  return None
-
-
-def device_refusal(device: Any = None) -> str | None:
-  """Why the kernels do not run on a device, or None; by default on this one."""
-  device = device or this_device()
-  if isinstance(device, jax.Device):
-    hopper = getattr(device, "compute_capability", None) == "9.0"
-  else:
-    hopper = _HOPPER.match(device.device_kind) is not None
-  if device.platform != "gpu" or not hopper:
-    return (
-      "it needs a Hopper GPU (compute capability 9.0), and the device is "
-      f"{device.device_kind}"
-    )
   return None
 
 

@@ -27,9 +27,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from xlstm_jax.cells.gpu_internals import pl, plgpu
 from xlstm_jax.cells.lowered_once import lowered_once
 from xlstm_jax.cells.mlstm.hopper.block_sizes import (
   ROWS,

@@ -2,9 +2,8 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from xlstm_jax.cells.gpu_internals import pl, plgpu
 from xlstm_jax.cells.mlstm.hopper.block_sizes import ROWS
 
 F32, BF16 = jnp.float32, jnp.bfloat16
