@@ -237,7 +237,13 @@ def _finished(result: Result) -> Result:
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-  """A thread block: its rings, and which warpgroup this is."""
+  """A thread block: its rings, and which warpgroup this is.
+
+  Attributes:
+    worker: The warpgroup: 0 and 1 compute, 2 loads.
+    number: The block's number.
+    count: How many items it takes.
+  """
 
   plan: _Plan
   reads: list[Operands]

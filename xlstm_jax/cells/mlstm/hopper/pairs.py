@@ -136,10 +136,14 @@ class Plan:
 class Block:
   """A thread block: its rings, and which warpgroup this is.
 
+  The ring of operands is used once for every 64 numbers of a tile (`step`),
+  that of the columns' vectors once for every tile (`column`), and that of n or
+  dn once for every item (`k`).
+
   Attributes:
-    step: Of the ring of operands, counts pieces of 64 numbers.
-    column: Of the ring of vectors, counts tiles of columns.
-    k: Of the ring of the state's vectors n, counts items.
+    worker: The warpgroup: 0 and 1 compute, 2 loads.
+    number: The block's number.
+    count: How many items it takes.
   """
 
   plan: Plan
