@@ -19,6 +19,7 @@ at a time. In `weigh` rows read and columns have written before them; in
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -172,8 +173,10 @@ class Block:
   def run(self, load: Callable, compute: Callable):
     """Runs `load` or `compute` on every item of this block.
 
-    Both are `f(k, item, counts)`, of the item's number, its row, head, chunk
-    and tile of rows, and how often the rings were used, and return the counts.
+    They are `load(k, item, counts)` and `compute(half, k, item, counts)`, of
+    the rows of this warpgroup in a tile of 128, the item's number, its row,
+    head, chunk and tile of rows, and how often the rings were used, and return
+    the counts.
     """
 
     @pl.when(self.worker == 2)
@@ -184,7 +187,8 @@ class Block:
     @pl.when(self.worker < 2)
     def _compute():
       plgpu.set_max_registers(COMPUTING, action="increase")
-      self.each_item(compute)
+      half = pl.ds(self.worker * ROWS, ROWS)
+      self.each_item(functools.partial(compute, half))
       plgpu.wait_smem_to_gmem(0)
 
   def each_item(self, run: Callable):
@@ -281,9 +285,10 @@ class Rows:
   state_slot: Any
 
   @classmethod
-  def of(cls, block: Block, k, place, exponent_refs, border_ref, weight_ref):
+  def of(
+    cls, block: Block, half, k, place, exponent_refs, border_ref, weight_ref
+  ):
     b, h, n, r = place
-    half = pl.ds(block.worker * ROWS, ROWS)
     start = n * block.plan.chunk + r * BLOCK + block.worker * ROWS
     tokens = pl.ds(start, ROWS)
     exponents = [load_rows(ref.at[b, h, tokens]) for ref in exponent_refs]

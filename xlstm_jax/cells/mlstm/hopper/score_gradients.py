@@ -104,9 +104,10 @@ def score_gradients(
   def mlstm_score_gradients(reads, writes, *shared):
     block = Block.here(plan, Shared(*shared))
 
-    def compute(k, item, counts):
+    def compute(half, k, item, counts):
       rows = Rows.of(
-        block, k, item, reads.writer_BHT, reads.final_BT, reads.write_BHT
+        *(block, half, k, item),
+        *(reads.writer_BHT, reads.final_BT, reads.write_BHT),
       )
       return _Writers(rows, reads, writes).differentiate(counts)
 

@@ -104,9 +104,10 @@ def weigh(
   def mlstm_weights(reads, writes, *shared):
     block = Block.here(plan, Shared(*shared))
 
-    def compute(k, item, counts):
+    def compute(half, k, item, counts):
       rows = Rows.of(
-        block, k, item, reads.reader_BHT, reads.first_BT, reads.past_BHT
+        *(block, half, k, item),
+        *(reads.reader_BHT, reads.first_BT, reads.past_BHT),
       )
       return _Readers(rows, reads, writes, normalize).weigh(counts)
 
