@@ -386,7 +386,7 @@ class _Block:
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       # 64 columns at a time, from what was rounded there: registers are full.
       for start in range(0, self.plan.width, 64):
-        rounded_ref = buffer_ref.at[:, pl.ds(start, 64)]
+        rounded_ref = self.shared.C.at[worker, :, pl.ds(start, 64)]
         rounded = plgpu.load(rounded_ref, layout=MATRIX).astype(F32)
         rest = C_kv[:, start : start + 64] - rounded
         rounded_ref[...] = rest.astype(BF16)
