@@ -2,7 +2,7 @@
 
 Where few do, rounding costs most: C^T q and n^T q are then far smaller, for
 some q, than the numbers they are made of. `parts_of_states` in
-`xlstm_jax/cells/mlstm.scales.py` has the reasoning.
+`xlstm_jax/cells/mlstm/scales.py` has the reasoning.
 """
 
 import dataclasses
