@@ -48,8 +48,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlstm_jax.cells.lstm import lstm
-from xlstm_jax.cells.mlstm import mlstm, pallas_gpu_blocks
-from xlstm_jax.cells.mlstm.pallas_gpu_blocks import Blocks
+from xlstm_jax.cells.mlstm import mlstm
+from xlstm_jax.cells.mlstm.hopper import block_sizes
+from xlstm_jax.cells.mlstm.hopper.block_sizes import Blocks, out_width
 from xlstm_jax.cells.slstm import slstm
 from xlstm_jax.errors import UserError, exit_code
 
@@ -439,18 +440,13 @@ def torch_bench(
 
 def candidates(key_dim: int, value_dim: int) -> list[Blocks]:
   """Block sizes that come to different parts."""
-  # Pallas takes seconds to import.
-  from xlstm_jax.cells.mlstm.pallas_gpu_kernels import out_width
-
-  K = pallas_gpu_blocks.padded_keys(key_dim)
-  V = pallas_gpu_blocks.padded(value_dim)
-  apart = pallas_gpu_blocks.values_apart(K)
+  K = block_sizes.padded_keys(key_dim)
+  V = block_sizes.padded(value_dim)
+  apart = block_sizes.values_apart(K)
   gradients = [(K,), (V,)] if apart else [(K, V)]
-  columns = pallas_gpu_blocks.COLUMNS
+  columns = block_sizes.COLUMNS
   found: dict[tuple[int, ...], Blocks] = {}
-  for sizes in itertools.product(
-    pallas_gpu_blocks.CHUNKS, columns, columns, columns
-  ):
+  for sizes in itertools.product(block_sizes.CHUNKS, columns, columns, columns):
     blocks = Blocks(*sizes)
     parts = (
       blocks.chunk,
@@ -467,8 +463,8 @@ def bench_blocks(
 ) -> dict:
   """Forward and backward with these block sizes, in this process."""
   kind = jax.devices()[0].device_kind
-  dims = pallas_gpu_blocks.name(*shape[3:])
-  pallas_gpu_blocks.table()[kind] = {dims: blocks._asdict()}
+  dims = block_sizes.name(*shape[3:])
+  block_sizes.table()[kind] = {dims: blocks._asdict()}
   _, both = jax_functions("pallas_gpu")
   both = both.lower(*jax_types(shape)).compile(UNTUNED)
   arrays = host_arrays(inputs(shape), jnp.bfloat16)
@@ -489,7 +485,7 @@ def tune(shapes: Sequence[str], run: Callable[..., Iterator[dict]]) -> None:
     for blocks in candidates(*parsed(shape)[3:])
   ]
   times: dict[tuple[str, Blocks], list[float]] = {}
-  table = pallas_gpu_blocks.table()
+  table = block_sizes.table()
   columns = " ".join(f"{field.split('_')[0]:>8}" for field in Blocks._fields)
   print(f"{'shape':20} {columns} {'both':>9}")
   for _ in range(ROUNDS):
@@ -507,10 +503,10 @@ def tune(shapes: Sequence[str], run: Callable[..., Iterator[dict]]) -> None:
       timed[case] = statistics.median(times[case])
       found = timed[case], blocks
       best[shape] = min(best.get(shape, found), found)
-      dims = pallas_gpu_blocks.name(*parsed(shape)[3:])
+      dims = block_sizes.name(*parsed(shape)[3:])
       heads = table.setdefault(result["device"], {})
       heads[dims] = best[shape][1]._asdict()
-      pallas_gpu_blocks.TABLE.write_text(json.dumps(table, indent=2) + "\n")
+      block_sizes.TABLE.write_text(json.dumps(table, indent=2) + "\n")
     cases = [
       (shape, blocks)
       for (shape, blocks), time_ in timed.items()

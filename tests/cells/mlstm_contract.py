@@ -22,13 +22,14 @@ import numpy as np
 
 from xlstm_jax import sharding
 from xlstm_jax.cells.bound import excess
-from xlstm_jax.cells.mlstm import State, mlstm, pallas_gpu
+from xlstm_jax.cells.hopper_gpus import device_refusal
+from xlstm_jax.cells.mlstm import State, mlstm
 from xlstm_jax.cells.mlstm.state import rescale
 from xlstm_jax.sharding import on_mesh, time_axis
 
 DIMS = (8, 12)  # keys and values of a head
 # Why a backend does not run on the default device, or None.
-REFUSALS = {"pallas_gpu": pallas_gpu.device_refusal}
+REFUSALS = {"pallas_gpu": device_refusal}
 
 
 @dataclasses.dataclass(frozen=True)

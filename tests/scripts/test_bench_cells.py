@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlstm_jax.cells.mlstm import pallas_gpu_blocks
-from xlstm_jax.cells.mlstm.pallas_gpu_blocks import Blocks
+from xlstm_jax.cells.mlstm.hopper import block_sizes
+from xlstm_jax.cells.mlstm.hopper.block_sizes import Blocks
 from xlstm_jax.errors import UserError
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "bench_cells.py"
@@ -141,9 +141,9 @@ def test_what_a_row_lacks_is_said():
 def table_file(tmp_path, monkeypatch):
   """A table of block sizes that stands in for the real one."""
   file = tmp_path / "table.json"
-  monkeypatch.setattr(pallas_gpu_blocks, "TABLE", file)
+  monkeypatch.setattr(block_sizes, "TABLE", file)
   monkeypatch.setattr(
-    pallas_gpu_blocks, "table", lambda: json.loads(file.read_text())
+    block_sizes, "table", lambda: json.loads(file.read_text())
   )
   return file
 

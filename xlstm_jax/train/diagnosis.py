@@ -2,7 +2,7 @@
 
 Where few do, rounding costs most: for some q, C^T q and n^T q are then far
 smaller than the numbers that they are sums of. `parts_of_states` in
-`xlstm_jax/cells/mlstm/pallas_gpu_gates.py` has the reasoning.
+`xlstm_jax/cells/mlstm/scales.py` has the reasoning.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from xlstm_jax.cells.documents import documents
 from xlstm_jax.cells.mlstm.gates import log_gates
-from xlstm_jax.cells.mlstm.pallas_gpu_blocks import CHUNKS
-from xlstm_jax.cells.mlstm.pallas_gpu_gates import parts_of_states, scales
+from xlstm_jax.cells.mlstm.hopper.block_sizes import CHUNKS
+from xlstm_jax.cells.mlstm.scales import parts_of_states, scales
 from xlstm_jax.mixers.memory import Observation, observed
 from xlstm_jax.models.kinds import has_memory
 from xlstm_jax.models.language_model import Definition, Params

@@ -7,9 +7,9 @@ arguments and results.
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float
 
+from xlstm_jax.cells.gpu_internals import plgpu
 from xlstm_jax.cells.recurrence_gpu import ptx
 from xlstm_jax.cells.recurrence_gpu.blocks import LANES, PADDING, ROWS, START
 from xlstm_jax.cells.recurrence_gpu.pointwise import Pointwise

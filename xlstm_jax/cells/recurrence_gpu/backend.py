@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from xlstm_jax.cells.documents import Documents
-from xlstm_jax.cells.mlstm.pallas_gpu import device_refusal
+from xlstm_jax.cells.hopper_gpus import device_refusal
 from xlstm_jax.cells.precision import product
 from xlstm_jax.cells.recurrence import Shapes, Units
 from xlstm_jax.cells.recurrence_gpu.batched import batched

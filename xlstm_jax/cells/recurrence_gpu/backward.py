@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from xlstm_jax.cells.gpu_internals import pl, plgpu
 from xlstm_jax.cells.recurrence_gpu import arrays, ptx
 from xlstm_jax.cells.recurrence_gpu.blocks import LANES, ROWS, TILE, Blocks
 from xlstm_jax.cells.recurrence_gpu.pointwise import Pointwise

@@ -9,12 +9,16 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
 
+from xlstm_jax.cells.gpu_internals import (
+  arith,
+  ir,
+  llvm,
+  mgpu,
+  mgpu_utils,
+  plgpu,
+  vector,
+)
 from xlstm_jax.cells.recurrence_gpu.blocks import LANES, ROWS, TILE
 
 STEP = 16  # depth of a matrix product
@@ -129,7 +133,7 @@ def _asm(text: str, constraints: str, *args, results=None):
 
 def _address(ref) -> _Int:
   """The address of shared memory."""
-  return _Int(llvm.ptrtoint(_i32(), utils.memref_ptr(ref)))
+  return _Int(llvm.ptrtoint(_i32(), mgpu_utils.memref_ptr(ref)))
 
 
 def _scalar(array) -> _Int:
@@ -138,13 +142,13 @@ def _scalar(array) -> _Int:
 
 def _place() -> tuple[_Int, _Int]:
   """The unit of a thread and the first of its two rows."""
-  thread = _Int(utils.thread_idx())
+  thread = _Int(mgpu_utils.thread_idx())
   lane, warp = thread % 32, thread // 32 % 4
   return warp * 8 + lane // 4, lane % 4 * 2
 
 
 def _is_first_thread() -> _Int:
-  return _Int(utils.thread_idx()).less(1)
+  return _Int(mgpu_utils.thread_idx()).less(1)
 
 
 def _units(first, second, *, kind=None, signed=None):
@@ -207,7 +211,7 @@ def _global(ref, time: _Int, unit: _Int, row: _Int) -> tuple[_Int, _Int]:
   """Addresses of a unit in two rows of a global (ROWS, T, LANES) of 4 bytes."""
   strides, _ = ir.MemRefType(ref.type).get_strides_and_offset()
   rows, times, units = (4 * stride for stride in strides)
-  base = _Int(llvm.ptrtoint(_i64(), utils.memref_ptr(ref)))
+  base = _Int(llvm.ptrtoint(_i64(), mgpu_utils.memref_ptr(ref)))
   first = base + row.wide() * rows + time.wide() * times + unit.wide() * units
   return first, first + rows
 
@@ -237,7 +241,7 @@ def store(_ctx, ref, time, x):
 def load_bias(_ctx, ref):
   """(LANES, ROWS) of a global (LANES,), the same for all rows."""
   unit, _ = _place()
-  base = _Int(llvm.ptrtoint(_i64(), utils.memref_ptr(ref)))
+  base = _Int(llvm.ptrtoint(_i64(), mgpu_utils.memref_ptr(ref)))
   x = _asm("ld.global.f32 $0, [$1];", "=f,l", base + unit.wide() * 4,
            results=_f32())  # fmt: skip
   return _units(x, x)
@@ -248,7 +252,7 @@ def load_marks(_ctx, ref, time):
   """(LANES, ROWS) of a global (T, ROWS) of int32, the same for all units."""
   strides, _ = ir.MemRefType(ref.type).get_strides_and_offset()
   _, row = _place()
-  base = _Int(llvm.ptrtoint(_i64(), utils.memref_ptr(ref)))
+  base = _Int(llvm.ptrtoint(_i64(), mgpu_utils.memref_ptr(ref)))
   address = base + _scalar(time).wide() * (4 * strides[0]) + row.wide() * 4
   both = _asm("ld.global.v2.b32 {$0, $1}, [$2];", "=r,=r,l", address,
               results=[_i32()] * 2)  # fmt: skip
@@ -310,7 +314,7 @@ def _synchronise(barrier: _Int, warpgroups: int) -> None:
 @plgpu.inline_mgpu(arg_types=(), return_type=())
 def synchronise(_ctx):
   """Waits for the other warps of the warpgroup."""
-  _synchronise(_Int(utils.thread_idx()) // 128 + 8, 1)
+  _synchronise(_Int(mgpu_utils.thread_idx()) // 128 + 8, 1)
 
 
 def _descriptor(address: _Int, group: int) -> _Int:
@@ -465,7 +469,7 @@ def _read_f32(x) -> list[list[ir.Value]]:
 def _read_bf16(x) -> list[list[ir.Value]]:
   """The four gates at once: they are the four matrices of `ldmatrix`."""
   strides, _ = ir.MemRefType(x.type).get_strides_and_offset()
-  thread = _Int(utils.thread_idx())
+  thread = _Int(mgpu_utils.thread_idx())
   lane, warp = thread % 32, thread // 32 % 4
   row, gate = lane % 8, lane // 8
   place = row * (2 * strides[0]) + gate * (2 * strides[1]) + warp * 16
@@ -572,7 +576,7 @@ def send_products(
     rank = _Int(_asm("mov.u32 $0, %cluster_ctarank;", "=r", results=_i32()))
     part = _part(parts, blocks, owned, slot, rank)
     barrier = _address(barriers) + slot * 8
-    thread = _Int(utils.thread_idx())
+    thread = _Int(mgpu_utils.thread_idx())
     lane, warp = thread % 32, thread // 32 % 4
     for tile, values in enumerate(sums):
       for half in (0, 1):
