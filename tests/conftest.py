@@ -1,12 +1,23 @@
 """Eight simulated devices, and shape annotations that are executed."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 flags = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = (
   f"{flags} --xla_force_host_platform_device_count=8".strip()
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most programs of tests run once: this halves what it takes to compile them.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# What one process has compiled, the other worker and all commands load.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  programs = tempfile.mkdtemp(prefix="test-programs-")
+  atexit.register(shutil.rmtree, programs, ignore_errors=True)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 # These import jax, which reads the environment above.
 import hypothesis  # noqa: E402
