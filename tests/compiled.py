@@ -1,4 +1,7 @@
-"""Compilation for tests: half the time, for programs that run once."""
+"""Compilation for tests: half the time, for programs that run once.
+
+In a session of pytest it is that of all programs (conftest.py).
+"""
 
 import functools
 
@@ -9,5 +12,14 @@ jit = functools.partial(
   compiler_options={
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
+  },
+)
+
+# As users have it, where a bound is that of its rounding.
+optimized = functools.partial(
+  jax.jit,
+  compiler_options={
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
   },
 )

@@ -11,7 +11,8 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most programs of tests run once: this halves what it takes to compile them.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+  os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # What one process has compiled, the other worker and all commands load.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   programs = tempfile.mkdtemp(prefix="test-programs-")

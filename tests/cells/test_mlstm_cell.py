@@ -89,7 +89,7 @@ def gate_gradients(form, dtype):
       h, _ = apply(x | {"f": gates["f"]}, state=past, form=form)
       return jnp.sum(h * weights)
 
-    found = jax.jit(gradients)({"f": x["f"], "m": m})
+    found = compiled.optimized(gradients)({"f": x["f"], "m": m})
   return {name: np.float64(a) for name, a in found.items()}
 
 
