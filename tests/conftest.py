@@ -13,12 +13,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most programs of tests run once: this halves what it takes to compile them.
 if os.environ["JAX_PLATFORMS"] == "cpu":
   os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# What one process has compiled, the other worker and all commands load.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-  programs = tempfile.mkdtemp(prefix="test-programs-")
-  atexit.register(shutil.rmtree, programs, ignore_errors=True)
-  os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
-  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# What was compiled in an earlier module or command is loaded. The folder is of
+# this process, the other worker has its own: entries are not written at once.
+programs = tempfile.mkdtemp(prefix="test-programs-")
+atexit.register(shutil.rmtree, programs, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 # These import jax, which reads the environment above.
 import hypothesis  # noqa: E402
