@@ -14,12 +14,3 @@ jit = functools.partial(
     "xla_llvm_disable_expensive_passes": True,
   },
 )
-
-# As users have it, where a bound is that of its rounding.
-optimized = functools.partial(
-  jax.jit,
-  compiler_options={
-    "xla_backend_optimization_level": 3,
-    "xla_llvm_disable_expensive_passes": False,
-  },
-)

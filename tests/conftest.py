@@ -1,8 +1,6 @@
 """Eight simulated devices, and shape annotations that are executed."""
 
-import atexit
 import os
-import shutil
 import tempfile
 
 flags = os.environ.get("XLA_FLAGS", "")
@@ -11,13 +9,12 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most programs of tests run once: this halves what it takes to compile them.
-if os.environ["JAX_PLATFORMS"] == "cpu":
-  os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+QUICKLY_COMPILED = os.environ["JAX_PLATFORMS"] == "cpu"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(QUICKLY_COMPILED)
 # What was compiled in an earlier module or command is loaded. The folder is of
 # this process, the other worker has its own: entries are not written at once.
-programs = tempfile.mkdtemp(prefix="test-programs-")
-atexit.register(shutil.rmtree, programs, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+programs = tempfile.TemporaryDirectory(prefix="test-programs-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 # These import jax, which reads the environment above.
@@ -39,6 +36,18 @@ install_import_hook(
   ],
   "beartype.beartype",
 )
+
+
+def pytest_unconfigure():
+  programs.cleanup()
+
+
+@pytest.fixture
+def optimized():
+  """Programs as users have them, where a bound is that of their rounding."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", QUICKLY_COMPILED)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -89,10 +89,11 @@ def gate_gradients(form, dtype):
       h, _ = apply(x | {"f": gates["f"]}, state=past, form=form)
       return jnp.sum(h * weights)
 
-    found = compiled.optimized(gradients)({"f": x["f"], "m": m})
+    found = jax.jit(gradients)({"f": x["f"], "m": m})
   return {name: np.float64(a) for name, a in found.items()}
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_gates_keep_their_digits_beside_an_old_memory(form):
   """They are far smaller than those of q: no terms may be made that cancel.
