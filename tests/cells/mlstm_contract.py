@@ -328,6 +328,14 @@ def truth(
   return run(_exact(dims), case(gate, time, dims), "float64", options)
 
 
+@functools.cache
+def rounded_definition(
+  gate: str, time: int, options: Options, dtype: str, dims: tuple[int, int]
+) -> dict[str, np.ndarray]:
+  """`run` for the definition in less than float64."""
+  return run(TRUTH, case(gate, time, dims), dtype, options)
+
+
 def _exact(dims: tuple[int, int]) -> Form:
   """What in float64 is the truth for such heads.
 
@@ -442,7 +450,7 @@ def rounded_shares(
   results.pop("dm", None)
   definition = expected
   if form != TRUTH:
-    definition = run(TRUTH, x, dtype, options)
+    definition = rounded_definition(gate, time, options, dtype, form.dims)
   others = moved(gate, time, options, dtype, form.dims)
   # "dm_alone" is "dm" without these.
   C_terms = np.abs(x.state.C_BHKV * expected["dC"])

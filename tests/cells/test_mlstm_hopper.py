@@ -188,6 +188,7 @@ def compiled(options: str) -> str:
     "JAX_PLATFORMS": "cpu",
     "MOSAIC_GPU_DUMP_PTXAS": "1",
     "XLA_FLAGS": "",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
   }
   done = subprocess.run(
     [sys.executable, script, *options.split()],
