@@ -30,6 +30,7 @@ from typing import Any
 
 import absl.logging
 import jax
+import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
@@ -37,7 +38,7 @@ from etils import epath
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from xlstm_jax import checksums
+from xlstm_jax import checksums, files
 from xlstm_jax.errors import UserError
 
 Tree = Any
@@ -308,11 +309,8 @@ class Checkpoints:
     if not path.exists():
       return math.inf
     try:
-      return _loss(json.loads(path.read_bytes()))
-    except (
-      *(OSError, ValueError, TypeError, AttributeError),
-      *(RecursionError, OverflowError),
-    ) as error:
+      return _loss(files.read_json(path, dict[str, float], limit=2**20))
+    except UserError as error:
       raise UserError(
         f"The checkpoint of step {step} in {self.directory} is damaged: its "
         "metrics cannot be read. Choose another step by its number."
@@ -582,6 +580,12 @@ def _read_back(folder: epath.Path, name: str, expected: Any) -> None:
     raise _UnreadableError(f"{name} is not what was saved: {differences}")
 
 
+class _Grid(msgspec.Struct):
+  """Of Zarr's description of an array: the shape of its chunks."""
+
+  chunks: list[int]
+
+
 def _missing_values(
   folder: epath.Path, shapes: Mapping[str, tuple[int, ...]]
 ) -> str:
@@ -603,7 +607,7 @@ def _missing_values(
       return f"{path} is not listed"
     if isinstance(grid, str):
       grid = tensorstore.ocdbt.dump(store, node=grid).result()
-    lengths = json.loads(grid)["chunks"]
+    lengths = files.parse_json(grid, _Grid, folder / path).chunks
     count = math.prod(-(-n // k) for n, k in zip(shape, lengths, strict=True))
     if len(found) != count:
       return f"{path} has {len(found)} chunks, not {count}"

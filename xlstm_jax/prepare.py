@@ -658,7 +658,7 @@ def _listed(skipped: int) -> str:
 def _split_manifest(
   state: writer.SplitState, sources: Sequence[str]
 ) -> files.SplitManifest:
-  counts = state.counts + [files.Counts()] * (len(sources) - len(state.counts))
+  counts = state.counts + [files.NO_COUNTS] * (len(sources) - len(state.counts))
   return files.SplitManifest(
     sources=dict(zip(sources, counts, strict=True)),
     shards=tuple(state.shards),

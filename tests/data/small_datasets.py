@@ -62,7 +62,7 @@ def write_dataset(
     splits={
       name: files.SplitManifest(
         sources={
-          source: state.counts[i] if i < len(state.counts) else files.Counts()
+          source: state.counts[i] if i < len(state.counts) else files.NO_COUNTS
           for i, source in enumerate(sources)
         },
         shards=tuple(state.shards),

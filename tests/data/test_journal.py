@@ -63,5 +63,5 @@ def test_what_is_no_journal_is_refused(tmp_path: Path, content: bytes):
 def test_a_journal_that_lacks_something_is_refused(tmp_path: Path):
   text = f'{{"version": 1, "hash": "{journal._digest({})}"}}'
   (tmp_path / files.PROGRESS).write_text(text)
-  with pytest.raises(UserError, match="place must be a list"):
+  with pytest.raises(UserError, match="lacks settings"):
     journal.load(tmp_path)

@@ -8,16 +8,16 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
-import stat
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 
-from xlstm_jax import paths
+from xlstm_jax import files, paths
 from xlstm_jax.errors import UserError, shown
 
 FORMAT = "xlstm_jax token shards"
@@ -42,16 +42,19 @@ MAX_VOCAB_SIZE = 2**31 - 1
 _MAGIC = b"XLSTMIDX"
 _HEADER = struct.Struct("<8sIIQQQII16x")
 HEADER_BYTES = _HEADER.size
-_SHARD_NAME = re.compile(r"(train|heldout)-\d{5,9}")
+
+_ADVICE = "Restore the file or prepare the data again."
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Name = Annotated[str, Meta(min_length=1, max_length=MAX_SOURCE_NAME)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
   """Documents, target tokens (an end each included) and UTF-8 bytes of text."""
 
-  documents: int = 0
-  tokens: int = 0
-  bytes: int = 0
+  documents: Count
+  tokens: Count
+  bytes: Count
 
   def __add__(self, other: "Counts") -> "Counts":
     return Counts(
@@ -61,24 +64,37 @@ class Counts:
     )
 
 
+NO_COUNTS = Counts(0, 0, 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Shard:
   """One shard: `tokens` targets, so `tokens + 1` entries in its token file."""
 
-  name: str
-  documents: int
-  tokens: int
-  index_crc32: int
+  name: Annotated[str, Meta(pattern=r"\A(train|heldout)-[0-9]{5,9}\Z")]
+  documents: Annotated[int, Meta(ge=1, le=MAX_SHARD_TOKENS)]
+  tokens: Annotated[int, Meta(ge=1, le=MAX_SHARD_TOKENS - 1)]
+  index_crc32: Annotated[int, Meta(ge=0, le=2**32 - 1)]
+
+  def __post_init__(self):
+    if self.tokens < self.documents:
+      raise ValueError(
+        f"{self.documents} documents have at least as many tokens, an end each"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerSpec:
   """What identifies a tokenizer: equal hashes mean equal ids for any text."""
 
-  kind: str
-  hash: str
-  vocab_size: int
-  end_of_text: int
+  kind: Name
+  hash: Name
+  vocab_size: Annotated[int, Meta(ge=1, le=MAX_VOCAB_SIZE)]
+  end_of_text: Count
+
+  def __post_init__(self):
+    if self.end_of_text >= self.vocab_size:
+      raise ValueError(f"end_of_text must be below {self.vocab_size}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +106,7 @@ class SplitManifest:
 
   @property
   def total(self) -> Counts:
-    return sum(self.sources.values(), Counts())
+    return sum(self.sources.values(), NO_COUNTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,58 +164,11 @@ def index_header(shard: Shard, tokenizer: TokenizerSpec) -> bytes:
   )
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-  """Replaces `path` by `data`: after a crash it holds the old or the new."""
-  temporary = path.with_name(f".{path.name}.tmp")
-  try:
-    with open(temporary, "wb") as file:
-      file.write(data)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  except OSError:
-    temporary.unlink(missing_ok=True)
-    raise
-  sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-  """Makes the names in `directory` durable."""
-  descriptor = os.open(directory, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
-
-
-def read_regular_file(path: Path, *, limit: int) -> bytes:
-  """The bytes of a regular file of at most `limit` bytes, else a UserError."""
-  try:
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-      raise UserError(f"{path} is not a regular file.")
-    if status.st_size > limit:
-      raise UserError(
-        f"{path} has {status.st_size} bytes; at most {limit} are expected."
-      )
-    return path.read_bytes()
-  except OSError as error:
-    raise UserError(f"Cannot read {path}: {error.strerror}.") from error
-
-
-def parse_json(data: bytes, path: Path) -> Any:
-  """JSON from outside; anything malformed is a UserError naming `path`."""
-  try:
-    return json.loads(data.decode("utf-8"))
-  except (ValueError, RecursionError) as error:
-    raise UserError(f"{path} is not valid JSON: {error}.") from error
-
-
 def write_manifest(directory: Path, manifest: Manifest) -> None:
   """Commits a dataset: from here on readers accept the folder."""
   content = _manifest_to_dict(manifest)
-  text = json.dumps({**content, "hash": _digest(content)}, indent=1)
-  write_atomically(directory / MANIFEST, f"{text}\n".encode())
+  content["hash"] = _digest(content)
+  files.write_json(directory / MANIFEST, content)
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
@@ -221,8 +190,8 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
       f"{directory} holds no prepared dataset (no {MANIFEST}); make one with "
       "python -m xlstm_jax.prepare."
     )
-  value = parse_json(read_regular_file(path, limit=MAX_MANIFEST_BYTES), path)
-  return _manifest_from_dict(value, path)
+  content = files.read_json(path, dict[str, Any], limit=MAX_MANIFEST_BYTES)
+  return _manifest_from_dict(content, path)
 
 
 def _manifest_to_dict(manifest: Manifest) -> dict[str, Any]:
@@ -252,159 +221,79 @@ def _digest(content: Mapping[str, Any]) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-class Fields:
-  """Typed access to a JSON object from outside; errors name the place."""
-
-  def __init__(self, value: Any, path: Path, place: str = ""):
-    self._path = path
-    self._place = place
-    if not isinstance(value, dict):
-      raise self.error("", "an object", value)
-    self._value = value
-
-  def error(self, name: str, expected: str, value: Any) -> UserError:
-    place = ".".join(part for part in (self._place, name) if part) or "content"
-    return UserError(
-      f"{self._path}: {place} must be {expected}, got {shown(value)}."
-    )
-
-  def get(self, name: str, kind: type, expected: str) -> Any:
-    value = self._value.get(name)
-    if type(value) is not kind:
-      raise self.error(name, expected, value)
-    return value
-
-  def integer(self, name: str, low: int, high: int) -> int:
-    value = self.get(name, int, "an integer")
-    if not low <= value <= high:
-      raise self.error(name, f"an integer in [{low}, {high}]", value)
-    return value
-
-  def string(self, name: str, limit: int = MAX_SOURCE_NAME) -> str:
-    value = self.get(name, str, "a string")
-    if not 0 < len(value) <= limit:
-      raise self.error(name, f"a string of 1 to {limit} characters", value)
-    return value
-
-  def fields(self, name: str) -> "Fields":
-    place = f"{self._place}.{name}" if self._place else name
-    return Fields(self._value.get(name), self._path, place)
-
-  def items(self, name: str) -> list["Fields"]:
-    values = self.get(name, list, "a list")
-    place = f"{self._place}.{name}" if self._place else name
-    return [
-      Fields(value, self._path, f"{place}[{i}]")
-      for i, value in enumerate(values)
-    ]
-
-  def names(self) -> tuple[str, ...]:
-    return tuple(self._value)
+class _SplitFile(msgspec.Struct):
+  documents: Count
+  tokens: Count
+  bytes: Count
+  sources: dict[Name, Counts]
+  shards: tuple[Shard, ...]
 
 
-def _manifest_from_dict(value: Any, path: Path) -> Manifest:
-  fields = Fields(value, path)
-  if fields.string("format") != FORMAT:
+class _SplitsFile(msgspec.Struct, forbid_unknown_fields=True):
+  train: _SplitFile
+  heldout: _SplitFile
+
+
+class _ManifestFile(msgspec.Struct):
+  tokenizer: TokenizerSpec
+  sources: Annotated[tuple[Name, ...], Meta(max_length=MAX_SOURCES)]
+  splits: _SplitsFile
+  origin: dict[str, Any]
+
+
+def _manifest_from_dict(content: dict[str, Any], path: Path) -> Manifest:
+  if content.get("format") != FORMAT:
     raise UserError(f"{path} is not a manifest of {FORMAT}.")
-  version = fields.get("version", int, "an integer")
-  if version != VERSION:
+  if (version := content.get("version")) != VERSION:
     raise UserError(
-      f"{path} has format version {version}, this program reads {VERSION}: "
-      "prepare the data again."
+      f"{path} has format version {shown(version)}, this program reads "
+      f"{VERSION}: prepare the data again."
     )
-  stored = fields.string("hash")
-  content = {name: value[name] for name in value if name != "hash"}
-  if _digest(content) != stored:
+  if content.pop("hash", None) != _digest(content):
     raise UserError(
       f"{path} was altered: its content does not have the hash it states; "
       "restore the file or prepare the data again."
     )
-  tokenizer = tokenizer_spec(value.get("tokenizer"), path)
-  sources = _source_names(fields, path)
-  splits = fields.fields("splits")
-  if sorted(splits.names()) != sorted(SPLITS):
-    raise splits.error("", f"the splits {' and '.join(SPLITS)}", splits.names())
+  stored = files.convert(content, _ManifestFile, path, advice=_ADVICE)
+  if len(set(stored.sources)) != len(stored.sources):
+    raise files.fault(
+      path, "$.sources", stored.sources, "each name must stand once", _ADVICE
+    )
   return Manifest(
-    tokenizer=tokenizer,
-    sources=sources,
+    tokenizer=stored.tokenizer,
+    sources=stored.sources,
     splits={
-      name: _split_manifest(splits.fields(name), name, sources)
+      name: _split_manifest(
+        getattr(stored.splits, name), name, stored.sources, path
+      )
       for name in SPLITS
     },
-    origin=fields.get("origin", dict, "an object"),
+    origin=stored.origin,
   )
-
-
-def tokenizer_spec(value: Any, path: Path) -> TokenizerSpec:
-  """A tokenizer's identity from JSON; a UserError names `path`."""
-  fields = Fields(value, path, "tokenizer")
-  vocab_size = fields.integer("vocab_size", 1, MAX_VOCAB_SIZE)
-  return TokenizerSpec(
-    kind=fields.string("kind"),
-    hash=fields.string("hash"),
-    vocab_size=vocab_size,
-    end_of_text=fields.integer("end_of_text", 0, vocab_size - 1),
-  )
-
-
-def _source_names(fields: Fields, path: Path) -> tuple[str, ...]:
-  names = fields.get("sources", list, "a list")
-  if len(names) > MAX_SOURCES or len(set(map(str, names))) != len(names):
-    raise UserError(
-      f"{path}: sources must be at most {MAX_SOURCES} names, once."
-    )
-  for name in names:
-    if type(name) is not str or not 0 < len(name) <= MAX_SOURCE_NAME:
-      raise fields.error("sources", "a list of short names", name)
-  return tuple(names)
 
 
 def _split_manifest(
-  fields: Fields, split: str, sources: tuple[str, ...]
+  stored: _SplitFile, split: str, sources: tuple[str, ...], path: Path
 ) -> SplitManifest:
-  table = fields.fields("sources")
-  if table.names() != sources:
-    raise table.error("", "a table of all sources, in order", table.names())
-  counts = {source: counts_of(table.fields(source)) for source in sources}
-  manifest = SplitManifest(
-    sources=counts,
-    shards=tuple(shard_of(item, split) for item in fields.items("shards")),
-  )
+  def fault(field: str, value: object, expected: str) -> UserError:
+    place = f"$.splits.{split}{field}"
+    return files.fault(path, place, value, f"it must be {expected}", _ADVICE)
+
+  if tuple(stored.sources) != sources:
+    raise fault(".sources", [*stored.sources], "all sources, in order")
+  manifest = SplitManifest(sources=stored.sources, shards=stored.shards)
   names = [shard.name for shard in manifest.shards]
-  expected = [f"{split}-{i:05d}" for i in range(len(names))]
-  if names != expected:
-    raise fields.error("shards", "numbered in order from 00000", names)
-  total = manifest.total
-  if counts_of(fields) != total:
-    raise fields.error(
-      "", "the sum over its sources", dataclasses.asdict(total)
-    )
+  if names != [f"{split}-{i:05d}" for i in range(len(names))]:
+    raise fault(".shards", names, f"{split}-00000 and so on, in order")
+  counts = Counts(stored.documents, stored.tokens, stored.bytes)
+  if counts != manifest.total:
+    raise fault("", counts, f"the sum over its sources, {manifest.total}")
   for name in ("documents", "tokens"):
     over_shards = sum(getattr(shard, name) for shard in manifest.shards)
-    if over_shards != getattr(total, name):
-      raise fields.error(name, "the sum over its shards", over_shards)
+    if over_shards != getattr(counts, name):
+      raise fault(
+        f".{name}",
+        getattr(counts, name),
+        f"the sum over its shards, {over_shards}",
+      )
   return manifest
-
-
-def counts_of(fields: Fields) -> Counts:
-  """Counts from JSON."""
-  return Counts(
-    documents=fields.integer("documents", 0, 2**63 - 1),
-    tokens=fields.integer("tokens", 0, 2**63 - 1),
-    bytes=fields.integer("bytes", 0, 2**63 - 1),
-  )
-
-
-def shard_of(fields: Fields, split: str) -> Shard:
-  """A shard of a split from JSON."""
-  name = fields.string("name")
-  if not _SHARD_NAME.fullmatch(name) or not name.startswith(f"{split}-"):
-    raise fields.error("name", f"like {split}-00000", name)
-  documents = fields.integer("documents", 1, MAX_SHARD_TOKENS)
-  return Shard(
-    name=name,
-    documents=documents,
-    # A document has at least its end.
-    tokens=fields.integer("tokens", documents, MAX_SHARD_TOKENS - 1),
-    index_crc32=fields.integer("index_crc32", 0, 2**32 - 1),
-  )

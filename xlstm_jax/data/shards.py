@@ -339,7 +339,7 @@ def open_split(
       f"The split {split} of {directory} is empty; prepare it with another "
       "--heldout-fraction."
     )
-  counts = [files.Counts()] * len(result.sources)
+  counts = [files.NO_COUNTS] * len(result.sources)
   for shard in result._shards:
     shard.check_sizes()
     _check_index(shard, manifest.tokenizer, counts)
