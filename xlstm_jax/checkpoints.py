@@ -40,6 +40,7 @@ from jax.experimental import multihost_utils
 
 from xlstm_jax import checksums, files
 from xlstm_jax.errors import UserError
+from xlstm_jax.ranges import ranged
 
 Tree = Any
 # The metric of which the best checkpoint has least.
@@ -65,11 +66,11 @@ class CheckpointConfig:
       each time, before the run stops.
   """
 
-  keep_latest: int = 2
-  keep_best: int = 1
-  keep_every: int | None = None
-  keep_minutes: int | None = None
-  retries: int = 3
+  keep_latest: int = ranged(2, at_least=1)
+  keep_best: int = ranged(1, at_least=0)
+  keep_every: int | None = ranged(None, at_least=1)
+  keep_minutes: int | None = ranged(None, at_least=1)
+  retries: int = ranged(3, at_least=0)
 
 
 class SaveTimer:

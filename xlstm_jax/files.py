@@ -256,7 +256,7 @@ def _located(content: Any, kind: Any, message: str) -> tuple[str, Any]:
       key = int(index)
     parents.append(key)
     value = value[key]
-    name += f".{field}" if field else f"[{key!r}]"
+    name += f".{field}" if field else f"[{shown(key)}]"
   return name, value
 
 
