@@ -447,12 +447,27 @@ def test_without_checksums_changed_values_are_read_as_they_are(tmp_path):
 
 @pytest.mark.parametrize(
   "text",
-  ["", "[]", "{", '{"a": 1}', '{"../a": [1, 2]}', '{"/a": [1, 2]}', "[" * 9999],
+  [
+    "",
+    "[]",
+    "{",
+    '{"a": 1}',
+    '{"a": [1, true]}',
+    '{"a": [1, 2, 3]}',
+    "[" * 9999,
+  ],
 )
 def test_damaged_checksums_are_damage(tmp_path, text):
   (tmp_path / checksums.FILE).write_text(text)
   folder = Checkpoints(tmp_path).directory
   assert checksums.problem(folder) == f"{checksums.FILE} cannot be read"
+
+
+@pytest.mark.parametrize("name", ["../a", "/a", "a/../../b", "\u001b[31m"])
+def test_checksums_of_files_elsewhere_are_damage(tmp_path, name):
+  (tmp_path / checksums.FILE).write_text(json.dumps({name: [1, 2]}))
+  problem = checksums.problem(Checkpoints(tmp_path).directory)
+  assert problem == f"{checksums.FILE} names files outside of the folder"
 
 
 @given(

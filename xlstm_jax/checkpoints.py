@@ -35,10 +35,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
-from jax._src import distributed
-from jax.experimental import multihost_utils
 
-from xlstm_jax import checksums, files
+from xlstm_jax import checksums, files, jax_internals
 from xlstm_jax.errors import UserError
 from xlstm_jax.ranges import ranged
 
@@ -426,13 +424,12 @@ class _Barriers:
   it tells them why, and comes to all.
   """
 
-  _OF_WRITING = ("async_write_complete", "async_commit_complete")
   # All processes make the same saves.
   _numbers = itertools.count(1)
 
   def __init__(self):
     self._number = 0
-    self._reached = len(self._OF_WRITING)
+    self._reached = len(jax_internals.WRITING_BARRIERS)
     self._saver = threading.current_thread()
 
   def begin(self) -> None:
@@ -447,7 +444,7 @@ class _Barriers:
     Raises:
       OSError: what was to be done until then failed in another process.
     """
-    if any(name in key for name in self._OF_WRITING):
+    if any(name in key for name in jax_internals.WRITING_BARRIERS):
       self._reach_next(timeout_ms)
       for _, reason in self._client.key_value_dir_get(f"{self._key}/failed/"):
         raise OSError(reason)
@@ -458,7 +455,7 @@ class _Barriers:
     self._client.wait_at_barrier(key, timeout_ms)
 
   def _stand_in_for_writing(self, timeout_ms: int) -> None:
-    if self._reached == len(self._OF_WRITING):
+    if self._reached == len(jax_internals.WRITING_BARRIERS):
       return
     # Orbax comes here in a `finally`.
     error = sys.exception()
@@ -466,7 +463,7 @@ class _Barriers:
       f"{self._key}/failed/{jax.process_index()}",
       _reason(error) if error else "for no reason given",
     )
-    while self._reached < len(self._OF_WRITING):
+    while self._reached < len(jax_internals.WRITING_BARRIERS):
       self._reach_next(timeout_ms)
 
   def _reach_next(self, timeout_ms: int) -> None:
@@ -479,8 +476,7 @@ class _Barriers:
 
   @property
   def _client(self) -> Any:
-    # Key-value store and barriers have no public name.
-    return distributed.global_state.client
+    return jax_internals.coordination_client()
 
 
 def _set_damaged_aside(
@@ -703,10 +699,10 @@ def of_first_process(value: Any) -> Any:
   if jax.process_count() == 1:
     return value
   data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+  size = int(jax_internals.broadcast_from_first(np.int32(len(data))))
   first = jax.process_index() == 0
   data = data if first else np.zeros(size, np.uint8)
-  return json.loads(multihost_utils.broadcast_one_to_all(data).tobytes())
+  return json.loads(jax_internals.broadcast_from_first(data).tobytes())
 
 
 def quiet() -> None:

@@ -59,7 +59,7 @@ def problem(
   except UserError:
     return f"{FILE} cannot be read"
   if not all(map(_is_inside, entries)):
-    return f"{FILE} names files that are not of this folder"
+    return f"{FILE} names files outside of the folder"
   chosen = {
     name: size_and_crc
     for name, size_and_crc in entries.items()

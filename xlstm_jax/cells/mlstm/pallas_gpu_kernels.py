@@ -22,9 +22,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from xlstm_jax.cells.gpu_internals import pl, plgpu
 from xlstm_jax.cells.mlstm.lowered_once import lowered_once
 
 F32, BF16 = jnp.float32, jnp.bfloat16
