@@ -1,5 +1,6 @@
 """Saving, keeping, restoring on other meshes, and failing without loss."""
 
+import json
 import os
 import pathlib
 import re

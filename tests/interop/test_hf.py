@@ -586,7 +586,7 @@ def test_a_refused_import_leaves_no_workdir(tmp_path, copied):
   ("name", "content", "message"),
   [
     ("config.json", None, "No such file"),
-    ("config.json", b"{", "not JSON"),
+    ("config.json", b"{", "not valid JSON"),
     ("config.json", b"\xff\xfe", "not valid JSON"),
     ("config.json", b'{"model_type": "llama"}', "model_type is 'llama'"),
     ("model.safetensors", b"\x80\x02cos\nsystem\n", "damaged"),
