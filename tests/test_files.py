@@ -224,7 +224,7 @@ GOOD: dict[str, Any] = {"name": "a", "bytes": 4}
     ({"files": {}}, "$.files is {}; it must be a list"),
     (
       {"files": [GOOD, GOOD | {"bytes": -1}]},
-      "$.files[1].bytes is -1; it must be an integer >= 0",
+      "$.files[1].bytes is -1; it must be an integer, at least 0",
     ),
     (
       {"files": [GOOD | {"bytes": True}]},

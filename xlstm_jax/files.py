@@ -185,15 +185,20 @@ def parse_json[T](
 
 
 def convert[T](
-  content: Any, kind: type[T], path: StrPath, *, advice: str = ""
+  content: Any,
+  kind: type[T],
+  path: StrPath,
+  *,
+  place: str = "$",
+  advice: str = "",
 ) -> T:
-  """`parse_json`, of what JSON was parsed to."""
+  """`parse_json`, of what JSON was parsed to, at some place of the file."""
   try:
     return msgspec.convert(content, kind)
   except msgspec.ValidationError as error:
-    place, value = _located(content, kind, str(error))
+    below, value = _located(content, kind, str(error))
     expected = _expected(str(error).partition(" - at `")[0])
-    raise fault(path, place, value, expected, advice) from error
+    raise fault(path, place + below, value, expected, advice) from error
   # A key that is no text, such as half of a surrogate pair.
   except (UnicodeError, RecursionError) as error:
     raise UserError(_sentence(f"{path} is damaged: {error}", advice)) from error
@@ -221,6 +226,12 @@ _WORDS = {
   "object": "an object",
   "null": "null",
 }
+_BOUNDS = {
+  " >= ": ", at least ",
+  " > ": ", above ",
+  " <= ": ", at most ",
+  " < ": ", below ",
+}
 
 
 def _expected(message: str) -> str:
@@ -231,18 +242,21 @@ def _expected(message: str) -> str:
     r"Expected `([^`]*)`(.*?)(, got .*)?", message, re.S
   ):
     kinds = " or ".join(_WORDS.get(w, w) for w in found[1].split(" | "))
+    for sign, words in _BOUNDS.items():
+      if found[2].startswith(sign):
+        return f"it must be {kinds}{words}{found[2].removeprefix(sign)}"
     return f"it must be {kinds}{found[2]}"
   return message[:1].lower() + message[1:]
 
 
 def _located(content: Any, kind: Any, message: str) -> tuple[str, Any]:
-  """The place of a fault with the keys of tables, and the value there.
+  """The steps to a fault with the keys of tables, and the value there.
 
   msgspec says `$.sources[...].bytes` for any key of a table. The key is the one
   that fails in the same way without the others.
   """
   place = message.partition(" - at `")[2]
-  name, value = "$", content
+  name, value = "", content
   parents: list[Any] = []
   for field, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", place):
     key = field or index

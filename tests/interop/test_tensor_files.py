@@ -124,7 +124,7 @@ def shift(header):
     ),
     (
       lambda header: header | {"a": header["a"] | {"shape": [-1]}},
-      r"\$\['a'\].shape\[0\] is -1; it must be an integer >= 0",
+      r"\$\['a'\].shape\[0\] is -1; it must be an integer, at least 0",
     ),
     (
       lambda header: header | {"a": header["a"] | {"dtype": "I64"}},
