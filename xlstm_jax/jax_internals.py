@@ -97,7 +97,7 @@ def hybrid_device_mesh(
   )
 
 
-def topology_devices(platform: str, name: str, **options: Any) -> Sequence[Any]:
+def topology_devices(platform: str, name: str, **options: Any) -> list[Any]:
   """Devices to compile for that are not there; only here are they public."""
   from jax.experimental import topologies
 
