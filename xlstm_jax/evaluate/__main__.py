@@ -2,17 +2,16 @@
 
 import argparse
 import contextlib
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
-from xlstm_jax import ngrams, paths, sharding, trained
+from xlstm_jax import files, ngrams, paths, sharding, trained
 from xlstm_jax.data.format import SPLITS
 from xlstm_jax.data.shards import Split, open_split
 from xlstm_jax.errors import UserError, exit_code
@@ -287,10 +286,10 @@ def _finite(value: float | None) -> float | None:
 
 
 def _write_json(file: str, report: Mapping[str, Any]) -> None:
-  path = epath.Path(file)
+  path = Path(file)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    files.write_json(path, report)
   except OSError as error:
     raise UserError(f"{file} cannot be written: {error.strerror}.") from error
 

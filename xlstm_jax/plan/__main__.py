@@ -2,13 +2,11 @@
 
 import argparse
 import dataclasses
-import json
 import sys
-from pathlib import Path
 
 import jax
 
-from xlstm_jax import config, metrics, paths
+from xlstm_jax import config, files, metrics, paths
 from xlstm_jax.errors import UserError, exit_code
 from xlstm_jax.plan import machines, program
 from xlstm_jax.plan.program import Plan
@@ -186,7 +184,7 @@ def _write(file: str, found: Plan) -> None:
     "collectives": {k: t._asdict() for k, t in found.collectives.items()},
   }
   try:
-    Path(file).write_text(json.dumps(values, indent=2) + "\n")
+    files.write_json(file, values)
   except OSError as error:
     raise UserError(f"{file} cannot be written: {error.strerror}.") from error
 
