@@ -125,7 +125,8 @@ class Checkpoints:
     self._cfg = cfg
     self._copies_gb = copies_gb
     if cfg is not None:
-      _create(self.directory)
+      with files.writing(f"The folder {directory} of the checkpoints"):
+        self.directory.mkdir(parents=True, exist_ok=True)
     self._root, descriptor = _plain_path(self.directory)
     if descriptor is not None:
       weakref.finalize(self, os.close, descriptor)
@@ -639,15 +640,6 @@ def _entries(store: Any) -> Iterator[tuple[str, str | bytes]]:
 
 class _UnreadableError(OSError):
   """A step was written and cannot be restored."""
-
-
-def _create(directory: epath.Path) -> None:
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(
-      f"The checkpoints cannot be written to {directory}: {error.strerror}."
-    ) from error
 
 
 def _plain_path(directory: epath.Path) -> tuple[epath.Path, int | None]:

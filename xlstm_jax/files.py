@@ -35,7 +35,7 @@ def write(
     path: of the file.
     content: its bytes or text, or a function that writes them to an open file.
   """
-  path = Path(path).resolve()
+  path = Path(os.path.realpath(path))
   if path.exists() and not path.is_file():
     with path.open("wb") as file:
       _write(file, content)
@@ -82,6 +82,15 @@ def sync_folder(folder: StrPath) -> None:
       raise
   finally:
     os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing(what: object) -> Iterator[None]:
+  """Within, what the operating system refuses becomes a UserError."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(f"{what} cannot be written: {error.strerror}.") from error
 
 
 @contextlib.contextmanager

@@ -91,21 +91,21 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
   ),
   "source twice": (
     lambda c: c.update(sources=["a", "a"]),
-    "each name must stand once",
+    "each name once",
   ),
   "source length": (
     lambda c: c.update(sources=["a" * 10**6, "b"]),
     "a string of length <= 200",
   ),
   "source order": (lambda c: c.update(sources=["b", "a"]), "in order"),
-  "split missing": (lambda c: c["splits"].pop("heldout"), "lacks heldout"),
+  "split missing": (lambda c: c["splits"].pop("heldout"), "train and heldout"),
   "split name": (
     lambda c: c["splits"].update({"../x": c["splits"].pop("heldout")}),
-    "lacks heldout|unknown field",
+    "train and heldout",
   ),
   "shards": (
     lambda c: c["splits"]["train"].update(shards=3),
-    r"\$.splits.train.shards is 3; it must be a list",
+    r"splits\['train'\]\.shards is 3; it must be a list",
   ),
   "shard missing": (lambda c: c["splits"]["train"]["shards"].pop(), "sum"),
   "path": (shard(lambda s: s.update(name="../../etc/passwd")), "name is"),

@@ -594,7 +594,7 @@ def test_a_folder_that_holds_something_else_is_refused(
 
 
 def test_an_output_that_is_a_file_is_refused(corpus: Path, tmp_path: Path):
-  with pytest.raises(UserError, match="Cannot write to"):
+  with pytest.raises(UserError, match="cannot be written: File exists"):
     run_default(corpus, corpus)
 
 

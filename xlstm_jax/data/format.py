@@ -9,11 +9,10 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
 import numpy as np
 from msgspec import Meta
 
@@ -101,7 +100,7 @@ class TokenizerSpec:
 class SplitManifest:
   """The counts of a split, per source in the order of `Manifest.sources`."""
 
-  sources: Mapping[str, Counts]
+  sources: Mapping[Name, Counts]
   shards: tuple[Shard, ...]
 
   @property
@@ -118,7 +117,7 @@ class Manifest:
   """
 
   tokenizer: TokenizerSpec
-  sources: tuple[str, ...]
+  sources: Annotated[tuple[Name, ...], Meta(max_length=MAX_SOURCES)]
   splits: Mapping[str, SplitManifest]
   origin: Mapping[str, Any]
 
@@ -221,26 +220,6 @@ def _digest(content: Mapping[str, Any]) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-class _SplitFile(msgspec.Struct):
-  documents: Count
-  tokens: Count
-  bytes: Count
-  sources: dict[Name, Counts]
-  shards: tuple[Shard, ...]
-
-
-class _SplitsFile(msgspec.Struct, forbid_unknown_fields=True):
-  train: _SplitFile
-  heldout: _SplitFile
-
-
-class _ManifestFile(msgspec.Struct):
-  tokenizer: TokenizerSpec
-  sources: Annotated[tuple[Name, ...], Meta(max_length=MAX_SOURCES)]
-  splits: _SplitsFile
-  origin: dict[str, Any]
-
-
 def _manifest_from_dict(content: dict[str, Any], path: Path) -> Manifest:
   if content.get("format") != FORMAT:
     raise UserError(f"{path} is not a manifest of {FORMAT}.")
@@ -254,46 +233,34 @@ def _manifest_from_dict(content: dict[str, Any], path: Path) -> Manifest:
       f"{path} was altered: its content does not have the hash it states; "
       "restore the file or prepare the data again."
     )
-  stored = files.convert(content, _ManifestFile, path, advice=_ADVICE)
-  if len(set(stored.sources)) != len(stored.sources):
-    raise files.fault(
-      path, "$.sources", stored.sources, "each name must stand once", _ADVICE
-    )
-  return Manifest(
-    tokenizer=stored.tokenizer,
-    sources=stored.sources,
-    splits={
-      name: _split_manifest(
-        getattr(stored.splits, name), name, stored.sources, path
-      )
-      for name in SPLITS
-    },
-    origin=stored.origin,
-  )
-
-
-def _split_manifest(
-  stored: _SplitFile, split: str, sources: tuple[str, ...], path: Path
-) -> SplitManifest:
-  def fault(field: str, value: object, expected: str) -> UserError:
-    place = f"$.splits.{split}{field}"
-    return files.fault(path, place, value, f"it must be {expected}", _ADVICE)
-
-  if tuple(stored.sources) != sources:
-    raise fault(".sources", [*stored.sources], "all sources, in order")
-  manifest = SplitManifest(sources=stored.sources, shards=stored.shards)
-  names = [shard.name for shard in manifest.shards]
-  if names != [f"{split}-{i:05d}" for i in range(len(names))]:
-    raise fault(".shards", names, f"{split}-00000 and so on, in order")
-  counts = Counts(stored.documents, stored.tokens, stored.bytes)
-  if counts != manifest.total:
-    raise fault("", counts, f"the sum over its sources, {manifest.total}")
-  for name in ("documents", "tokens"):
-    over_shards = sum(getattr(shard, name) for shard in manifest.shards)
-    if over_shards != getattr(counts, name):
-      raise fault(
-        f".{name}",
-        getattr(counts, name),
-        f"the sum over its shards, {over_shards}",
-      )
+  manifest = files.convert(content, Manifest, path, advice=_ADVICE)
+  for place, value, expected in _contradictions(manifest, content):
+    expected = f"it must be {expected}"
+    raise files.fault(path, f"$.{place}", value, expected, _ADVICE)
   return manifest
+
+
+def _contradictions(
+  manifest: Manifest, content: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, str]]:
+  """Places, with the value and what else it must be to agree with the rest."""
+  names = manifest.sources
+  if len(set(names)) != len(names):
+    yield "sources", names, "a list with each name once"
+  if sorted(manifest.splits) != sorted(SPLITS):
+    yield "splits", [*manifest.splits], " and ".join(SPLITS)
+  for name, split in manifest.splits.items():
+    at = f"splits.{name}"
+    if tuple(split.sources) != names:
+      yield f"{at}.sources", [*split.sources], "all sources, in order"
+    shards = [shard.name for shard in split.shards]
+    if shards != [f"{name}-{i:05d}" for i in range(len(shards))]:
+      yield f"{at}.shards", shards, f"{name}-00000 and so on, in order"
+    total = dataclasses.asdict(split.total)
+    stated = {key: content["splits"][name].get(key) for key in total}
+    if stated != total:
+      yield at, stated, f"the sum over its sources, {total}"
+    for key in ("documents", "tokens"):
+      of_shards = sum(getattr(shard, key) for shard in split.shards)
+      if of_shards != total[key]:
+        yield f"{at}.{key}", total[key], f"the sum over its shards, {of_shards}"

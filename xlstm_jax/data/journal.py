@@ -57,6 +57,15 @@ class Journal:
   empty_lines: Count = 0
   rules: Annotated[int, Meta(ge=1, le=documents.RULES)] = documents.RULES
 
+  def __post_init__(self):
+    if {*self.splits} != {*layout.SPLITS}:
+      raise ValueError(f"the splits must be {' and '.join(layout.SPLITS)}")
+    for name, split in self.splits.items():
+      if len(split.counts) > len(self.sources):
+        raise ValueError(f"{name} has more counts than there are sources")
+      if not all(shard.name.startswith(f"{name}-") for shard in split.shards):
+        raise ValueError(f"{name} has a shard of another name")
+
   @property
   def totals(self) -> dict[str, layout.Counts]:
     """The counts of each split over all sources."""
@@ -95,29 +104,7 @@ def load(directory: Path) -> Journal | None:
   # The first rules had no number and took empty lines for bad ones.
   data.setdefault("rules", 1)
   advice = f"Delete {directory} and prepare again."
-  journal = files.convert(data, Journal, path, advice=advice)
-  for name, split in journal.splits.items():
-    if len(split.counts) > len(journal.sources):
-      raise files.fault(
-        path,
-        f"$.splits.{name}.counts",
-        split.counts,
-        "it must have at most one entry a source",
-        advice,
-      )
-  names = {
-    split: {shard.name.split("-")[0] for shard in state.shards} | {split}
-    for split, state in journal.splits.items()
-  }
-  if names != {split: {split} for split in layout.SPLITS}:
-    raise files.fault(
-      path,
-      "$.splits",
-      names,
-      f"it must be {' and '.join(layout.SPLITS)}, with shards of these names",
-      advice,
-    )
-  return journal
+  return files.convert(data, Journal, path, advice=advice)
 
 
 def _digest(content: dict[str, Any]) -> str:

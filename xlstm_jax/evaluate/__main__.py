@@ -84,7 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     report["data"][str(path)] = _as_json(split, result, baselines)
   if options.json is not None:
-    _write_json(options.json, report)
+    path = Path(options.json)
+    with files.writing(path):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      files.write_json(path, report)
   return 0
 
 
@@ -283,15 +286,6 @@ def _as_json(
 def _finite(value: float | None) -> float | None:
   """JSON has no infinity and no NaN, which a diverged model reaches."""
   return value if value is not None and math.isfinite(value) else None
-
-
-def _write_json(file: str, report: Mapping[str, Any]) -> None:
-  path = Path(file)
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, report)
-  except OSError as error:
-    raise UserError(f"{file} cannot be written: {error.strerror}.") from error
 
 
 if __name__ == "__main__":

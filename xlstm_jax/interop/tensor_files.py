@@ -209,12 +209,14 @@ def write_file(
       flat = np.ascontiguousarray(value).reshape(-1)
       file.write(flat.view(np.uint8).data)
 
-  _surface(path, lambda: files.write(path, write))
+  with files.writing(path):
+    files.write(path, write)
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
   """Writes readable JSON; the file appears once it is whole."""
-  _surface(path, lambda: files.write_json(path, content, sort_keys=True))
+  with files.writing(path):
+    files.write_json(path, content, sort_keys=True)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -224,13 +226,6 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     UserError: there is none.
   """
   return files.read_json(path, dict[str, Any], limit=_MAX_HEADER)
-
-
-def _surface(path: pathlib.Path, write: Callable[[], None]) -> None:
-  try:
-    write()
-  except OSError as error:
-    raise UserError(f"{path} could not be written: {error}.") from None
 
 
 def _shards(specs: Mapping[str, Spec], limit: int) -> list[list[str]]:

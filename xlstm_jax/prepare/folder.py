@@ -25,11 +25,9 @@ def exclusive(output: Path) -> Iterator[None]:
   """Creates the folder and locks it against a second preparation."""
   busy = f"Another process is preparing {output}."
   with contextlib.ExitStack() as stack:
-    try:
+    with files.writing(output):
       output.mkdir(parents=True, exist_ok=True)
       held = stack.enter_context(files.locked(output, busy=lambda _: busy))
-    except OSError as error:
-      raise UserError(f"Cannot write to {output}: {error.strerror}.") from error
     if not held:
       say(
         f"The file system of {output} has no locks: make sure that no second "

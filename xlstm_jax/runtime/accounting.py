@@ -104,10 +104,8 @@ class Goodput:
       return
     written = None if finished else time.time()
     file = _File(written, self.spent(), self._checkpoints)
-    try:
+    with files.writing(self._path):
       files.write_json(self._path, msgspec.to_builtins(file))
-    except OSError as error:
-      raise UserError(f"{self._path} cannot be written: {error}.") from error
 
   def record(self) -> dict[str, float]:
     """The shares of the wall time, for the log."""

@@ -7,7 +7,6 @@ import jax
 from etils import epath
 
 from xlstm_jax import files
-from xlstm_jax.errors import UserError
 from xlstm_jax.runtime.output import say
 
 FILE = "lock"
@@ -33,12 +32,8 @@ def held(workdir: epath.Path) -> Iterator[None]:
     )
 
   with contextlib.ExitStack() as stack:
-    try:
+    with files.writing(f"The workdir {workdir}"):
       locked = stack.enter_context(files.locked(workdir / FILE, busy=busy))
-    except OSError as error:
-      raise UserError(
-        f"The workdir {workdir} cannot be written: {error.strerror}."
-      ) from error
     if not locked:
       say(
         f"lock      the file system of {workdir} has no locks: make sure that "

@@ -22,7 +22,6 @@ from xlstm_jax.runtime import peers
 from xlstm_jax.runtime.output import say
 from xlstm_jax.runtime.status import Status
 from xlstm_jax.train import resume
-from xlstm_jax.train import workdir as folder
 from xlstm_jax.train.health import Finding
 from xlstm_jax.train.run import Run
 
@@ -138,7 +137,7 @@ def go_back(
   )
   decided.append(decision)
   if jax.process_index() == 0:
-    with folder.surface_write_errors(run.workdir):
+    with files.writing(f"The workdir {run.workdir}"):
       commit(run.workdir, decided)
   peers.meet(f"rollback {len(decided)}", seconds=run.cfg.limits.meet_seconds)
   say(
