@@ -264,6 +264,15 @@ def test_a_fault_is_named_with_its_place(content, sentence):
   assert str(error.value) == f"x.json: {sentence}. Restore it."
 
 
+def test_what_is_nested_deeply_is_a_sentence():
+  deep: Any = []
+  for _ in range(5000):
+    deep = [deep]
+  for content in (deep, {"files": deep}, {"files": [], "tables": {"a": deep}}):
+    with pytest.raises(UserError, match=r"^x\.json: \$"):
+      files.convert(content, Listing, "x.json")
+
+
 @pytest.mark.parametrize(
   "data", [b"", b"{", b"\xff", b"[" * 100_000, b"1" * 10_000]
 )

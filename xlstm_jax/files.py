@@ -1,6 +1,7 @@
 """Files: written whole and durably, locked, and JSON read with its types."""
 
 import contextlib
+import copy
 import errno
 import fcntl
 import json
@@ -265,31 +266,22 @@ def _located(content: Any, kind: Any, message: str) -> tuple[str, Any]:
   that fails in the same way without the others.
   """
   place = message.partition(" - at `")[2]
-  name, value = "", content
-  parents: list[Any] = []
+  above: Any = {"$": content}
+  key: Any = "$"
+  name, root = "", above
   for field, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", place):
-    key = field or index
+    value = above[key] = copy.copy(above[key])
+    key = field or (index if index == "..." else int(index))
     if index == "...":
-      for key in value:
-        alone = _with(content, parents, {key: value[key]})
-        if _message(alone, kind) == message:
-          content = alone
+      table = dict(value)
+      for key in table:
+        value.clear()
+        value[key] = table[key]
+        if _message(root["$"], kind) == message:
           break
-    elif index:
-      key = int(index)
-    parents.append(key)
-    value = value[key]
+    above = value
     name += f".{field}" if field else f"[{shown(key)}]"
-  return name, value
-
-
-def _with(content: Any, steps: list[Any], value: Any) -> Any:
-  """A copy with another value at the end of some steps into it."""
-  if not steps:
-    return value
-  copy = dict(content) if isinstance(content, dict) else list(content)
-  copy[steps[0]] = _with(copy[steps[0]], steps[1:], value)
-  return copy
+  return name, above[key]
 
 
 def _message(content: Any, kind: Any) -> str | None:

@@ -46,11 +46,7 @@ def detect_processes(
 ) -> tuple[str | None, int | None, int | None]:
   """Coordinator, number of processes and index, as a launcher set them.
 
-  `jax.distributed.initialize` would find this out and say nothing of it, and
-  would end the process where another one is missing.
-
-  Raises:
-    ValueError, RuntimeError, OSError: as JAX raises them.
+  `jax.distributed.initialize` would find this out and keep it to itself.
   """
   from jax._src.clusters import ClusterEnv
 
