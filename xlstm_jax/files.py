@@ -266,9 +266,9 @@ def _located(content: Any, kind: Any, message: str) -> tuple[str, Any]:
   that fails in the same way without the others.
   """
   place = message.partition(" - at `")[2]
-  above: Any = {"$": content}
+  root: Any = {"$": content}
   key: Any = "$"
-  name, root = "", above
+  name, above = "", root
   for field, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", place):
     value = above[key] = copy.copy(above[key])
     key = field or (index if index == "..." else int(index))
