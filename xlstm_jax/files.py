@@ -18,15 +18,14 @@ import msgspec
 from xlstm_jax.errors import UserError, shown
 
 StrPath = str | os.PathLike[str]
+Content = bytes | str | Callable[[BinaryIO], object]
 
 _NOT_SUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 # NFS locks only what is open for writing, which a folder cannot be.
 _NO_LOCKS = (*_NOT_SUPPORTED, errno.ENOLCK, errno.EBADF)
 
 
-def write(
-  path: StrPath, content: bytes | str | Callable[[BinaryIO], object]
-) -> None:
+def write(path: StrPath, content: Content) -> None:
   """Replaces a file: after a crash it holds the old content or the new.
 
   When this returns, the new content survives a power failure. A link stays one,
@@ -59,9 +58,7 @@ def temporary_path(path: Path) -> Path:
   return path.with_name(f".{os.fsdecode(os.fsencode(path.name)[:240])}.tmp")
 
 
-def _write(
-  file: BinaryIO, content: bytes | str | Callable[[BinaryIO], object]
-) -> None:
+def _write(file: BinaryIO, content: Content) -> None:
   if callable(content):
     content(file)
   else:

@@ -260,6 +260,13 @@ def test_all_mistakes_are_told_at_once():
   assert "config.model.vocab_size is 1" in str(error.value)
 
 
+def test_other_mistakes_do_not_hide_those_of_the_mesh():
+  with pytest.raises(UserError) as error:
+    config.validate(cfg(optim__eps=0.0, steps=0, batch_size=7), manifest(), 8)
+  assert "config.optim.eps is 0.0; it must be above 0." in str(error.value)
+  assert "config.batch_size is 7" in str(error.value)
+
+
 def test_every_number_has_a_range():
   checked = {
     # In ModelConfig itself, so that it holds for imported models too.

@@ -1,5 +1,6 @@
 """The journal of a preparation: exact, or refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,23 @@ def example() -> journal.Journal:
 def test_a_journal_round_trips(tmp_path: Path):
   example().save(tmp_path)
   assert journal.load(tmp_path) == example()
+
+
+def test_a_journal_of_the_first_rules_continues_more_than_once(
+  tmp_path: Path,
+):
+  example().save(tmp_path)
+  path = tmp_path / files.PROGRESS
+  content = json.loads(path.read_text())
+  for name in ("version", "hash", "rules", "empty_lines"):
+    del content[name]
+  content |= {"version": 1, "hash": journal._digest(content)}
+  path.write_text(json.dumps(content))
+  for _ in range(2):
+    kept = journal.load(tmp_path)
+    assert kept
+    assert (kept.rules, kept.empty_lines) == (1, 0)
+    kept.save(tmp_path)
 
 
 def test_there_may_be_none(tmp_path: Path):

@@ -25,15 +25,15 @@ def validate(cfg: RunConfig, manifest: Manifest | None, devices: int) -> None:
   Raises:
     UserError: names every problem, a sentence each.
   """
-  out_of_range = list(ranges.problems(cfg, "config."))
   problems = [
-    *out_of_range,
+    *ranges.problems(cfg, "config."),
     *_optim_problems(cfg),
-    # These divide by such numbers.
-    *(() if out_of_range else _mesh_problems(cfg, devices)),
     *_other_problems(cfg),
     *(_data_problems(cfg, manifest) if manifest is not None else ()),
   ]
+  # These divide by numbers of the model.
+  if not any(ranges.problems(cfg.model, "")):
+    problems += _mesh_problems(cfg, devices)
   if problems:
     raise UserError(" ".join(problems))
 
