@@ -51,8 +51,8 @@ class LimitsConfig:
       saved by then is lost.
   """
 
-  join_seconds: int = ranged(300, above=0)
-  heartbeat_seconds: int = ranged(100, above=0)
+  join_seconds: int = ranged(300, at_least=1)
+  heartbeat_seconds: int = ranged(100, at_least=1)
   start_seconds: float = ranged(3600.0, above=0)
   step_seconds: float = ranged(900.0, above=0)
   eval_seconds: float = ranged(7200.0, above=0)
