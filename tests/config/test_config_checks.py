@@ -8,7 +8,7 @@ import pytest
 
 from xlstm_jax import config
 from xlstm_jax.config import RunConfig, conversion
-from xlstm_jax.data.format import Counts, Manifest, SplitManifest, TokenizerSpec
+from xlstm_jax.data.layout import Counts, Manifest, SplitManifest, TokenizerSpec
 from xlstm_jax.errors import UserError
 from xlstm_jax.ranges import range_of
 from xlstm_jax.sharding import MeshConfig

@@ -8,7 +8,7 @@ import jax
 
 from xlstm_jax import ranges, sharding
 from xlstm_jax.config.run import RunConfig
-from xlstm_jax.data.format import Manifest
+from xlstm_jax.data.layout import Manifest
 from xlstm_jax.errors import UserError
 from xlstm_jax.models.config import ModelConfig
 from xlstm_jax.models.kinds import KINDS, has_memory

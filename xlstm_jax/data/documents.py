@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple
 
 from xlstm_jax import paths
 from xlstm_jax.data import contents, json_lines, packings
-from xlstm_jax.data.format import Count
+from xlstm_jax.data.layout import Count
 from xlstm_jax.errors import UserError
 
 DEFAULT_SOURCE = "default"

@@ -14,9 +14,8 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from xlstm_jax import files
-from xlstm_jax.data import documents, writer
-from xlstm_jax.data import format as layout
-from xlstm_jax.data.format import Count
+from xlstm_jax.data import documents, layout, writer
+from xlstm_jax.data.layout import Count
 from xlstm_jax.errors import UserError
 
 _VERSION = 1

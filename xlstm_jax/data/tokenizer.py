@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from xlstm_jax import files
-from xlstm_jax.data import format as layout
+from xlstm_jax.data import layout
 from xlstm_jax.errors import UserError
 
 SPEC_FILE = "tokenizer_spec.json"

@@ -16,7 +16,7 @@ from typing import Annotated
 import numpy as np
 from msgspec import Meta
 
-from xlstm_jax.data import format as layout
+from xlstm_jax.data import layout
 from xlstm_jax.errors import UserError
 
 _SHARD_FILE = re.compile(r"(train|heldout)-\d+\.(tokens|index)")

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from xlstm_jax import files, ngrams, paths, sharding, trained
-from xlstm_jax.data.format import SPLITS
+from xlstm_jax.data.layout import SPLITS
 from xlstm_jax.data.shards import Split, open_split
 from xlstm_jax.errors import UserError, exit_code
 from xlstm_jax.evaluate.perplexity import (

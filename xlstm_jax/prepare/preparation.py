@@ -16,11 +16,11 @@ from xlstm_jax.data import (
   encoding,
   journal,
   json_lines,
+  layout,
   shards,
   tokenizer,
   writer,
 )
-from xlstm_jax.data import format as layout
 from xlstm_jax.errors import UserError
 from xlstm_jax.prepare import refusals, report, workers
 from xlstm_jax.prepare.report import say

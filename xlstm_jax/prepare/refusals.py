@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from xlstm_jax import files
-from xlstm_jax.data import documents, tokenizer
-from xlstm_jax.data import format as layout
+from xlstm_jax.data import documents, layout, tokenizer
 from xlstm_jax.errors import UserError
 
 

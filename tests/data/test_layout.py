@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_datasets import MakeDataset
 
-from xlstm_jax.data import format as files
+from xlstm_jax.data import layout
 from xlstm_jax.errors import UserError
 
 Edit = Callable[[dict[str, Any]], Any]
@@ -25,35 +25,35 @@ def directory(make_dataset: MakeDataset) -> Path:
 
 def rewrite(directory: Path, edit: Edit) -> None:
   """Alters a manifest and gives it the hash of what it then says."""
-  path = directory / files.MANIFEST
+  path = directory / layout.MANIFEST
   content = json.loads(path.read_text())
   del content["hash"]
   edit(content)
-  content["hash"] = files._digest(content)
+  content["hash"] = layout._digest(content)
   path.write_text(json.dumps(content))
 
 
 def test_a_manifest_round_trips(directory: Path, tmp_path: Path):
-  manifest = files.read_manifest(directory)
-  files.write_manifest(tmp_path, manifest)
-  assert files.read_manifest(tmp_path) == manifest
-  stored = json.loads((directory / files.MANIFEST).read_text())["hash"]
+  manifest = layout.read_manifest(directory)
+  layout.write_manifest(tmp_path, manifest)
+  assert layout.read_manifest(tmp_path) == manifest
+  stored = json.loads((directory / layout.MANIFEST).read_text())["hash"]
   assert manifest.hash == stored
 
 
 def test_every_character_of_a_manifest_is_checked(directory: Path):
-  path = directory / files.MANIFEST
+  path = directory / layout.MANIFEST
   text = path.read_text()
-  good = files.read_manifest(directory)
+  good = layout.read_manifest(directory)
   for i, character in enumerate(text):
     other = "1" if character != "1" else "2"
     path.write_text(text[:i] + other + text[i + 1 :])
     if character in " \n":
       continue
     with pytest.raises(UserError, match=r"manifest\.json"):
-      files.read_manifest(directory)
+      layout.read_manifest(directory)
   path.write_text(text)
-  assert files.read_manifest(directory) == good
+  assert layout.read_manifest(directory) == good
 
 
 def shard(edit: Callable[[dict[str, Any]], Any]) -> Edit:
@@ -146,7 +146,7 @@ def test_a_hostile_manifest_with_a_right_hash_is_refused(
   edit, message = HOSTILE[name]
   rewrite(directory, edit)
   with pytest.raises(UserError, match=message):
-    files.read_manifest(directory)
+    layout.read_manifest(directory)
 
 
 @pytest.mark.parametrize(
@@ -154,9 +154,9 @@ def test_a_hostile_manifest_with_a_right_hash_is_refused(
   [b"", b"\xff", b"[]", b"null", b"3", b"{}", b"[" * 10**5, b'{"format": {}}'],
 )
 def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes):
-  (tmp_path / files.MANIFEST).write_bytes(content)
+  (tmp_path / layout.MANIFEST).write_bytes(content)
   with pytest.raises(UserError, match=r"manifest\.json"):
-    files.read_manifest(tmp_path)
+    layout.read_manifest(tmp_path)
 
 
 json_values = st.recursive(
@@ -178,9 +178,9 @@ json_values = st.recursive(
 def test_any_value_anywhere_is_refused_or_means_the_same(
   directory: Path, value: Any, data: st.DataObject
 ):
-  path = directory / files.MANIFEST
+  path = directory / layout.MANIFEST
   text = path.read_text()
-  good = files.read_manifest(directory)
+  good = layout.read_manifest(directory)
 
   def edit(content: dict[str, Any]) -> None:
     place: Any = content
@@ -195,7 +195,7 @@ def test_any_value_anywhere_is_refused_or_means_the_same(
 
   try:
     rewrite(directory, edit)
-    changed = files.read_manifest(directory)
+    changed = layout.read_manifest(directory)
   except UserError:
     pass
   else:
@@ -207,21 +207,21 @@ def test_any_value_anywhere_is_refused_or_means_the_same(
 
 
 def test_a_manifest_that_is_no_file_does_not_hang(tmp_path: Path):
-  os.mkfifo(tmp_path / files.MANIFEST)
+  os.mkfifo(tmp_path / layout.MANIFEST)
   with pytest.raises(UserError, match="not a regular file"):
-    files.read_manifest(tmp_path)
+    layout.read_manifest(tmp_path)
 
 
 def test_a_huge_manifest_is_not_read(
   directory: Path, monkeypatch: pytest.MonkeyPatch
 ):
-  monkeypatch.setattr(files, "MAX_MANIFEST_BYTES", 100)
+  monkeypatch.setattr(layout, "MAX_MANIFEST_BYTES", 100)
   with pytest.raises(UserError, match="at most 100 are expected"):
-    files.read_manifest(directory)
+    layout.read_manifest(directory)
 
 
 @pytest.mark.parametrize(
   ("vocab_size", "dtype"), [(257, "<u2"), (65536, "<u2"), (65537, "<u4")]
 )
 def test_tokens_take_the_least_width(vocab_size: int, dtype: str):
-  assert files.token_dtype(vocab_size) == np.dtype(dtype)
+  assert layout.token_dtype(vocab_size) == np.dtype(dtype)
