@@ -19,6 +19,7 @@ from typing import BinaryIO, NamedTuple
 
 from xlstm_jax import paths
 from xlstm_jax.data import contents, json_lines, packings
+from xlstm_jax.data.layout import Count
 from xlstm_jax.errors import UserError
 
 DEFAULT_SOURCE = "default"
@@ -63,10 +64,10 @@ class Place(NamedTuple):
   Offsets count unpacked bytes; `crc` is the CRC32 of all content so far.
   """
 
-  file: int = 0
-  offset: int = 0
-  line: int = 0
-  crc: int = 0
+  file: Count = 0
+  offset: Count = 0
+  line: Count = 0
+  crc: Count = 0
 
 
 class Piece(NamedTuple):
