@@ -34,7 +34,10 @@ UNITS = plgpu.Layout.TILED(
 MATRIX = plgpu.Layout.WGMMA
 SCALAR = plgpu.Layout.WG_SPLAT(())
 # Shared memory that matrix products read.
-SWIZZLED = (plgpu.TilingTransform((ROWS, TILE)), plgpu.SwizzleTransform(128))
+SWIZZLED = (
+  plgpu.TilingTransform((ROWS, TILE)),  # pyright: ignore[reportAbstractUsage]
+  plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+)
 MEMORY, OPERAND = plgpu.RefType(), plgpu.RefType(SWIZZLED)
 UNITS_F32, UNITS_I32 = (
   plgpu.ShapeDtypeStruct((LANES, ROWS), jnp.dtype(dtype), layout=UNITS)
