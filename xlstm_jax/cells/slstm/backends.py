@@ -4,7 +4,7 @@ from functools import partial
 
 from jaxtyping import Array, Float, Int
 
-from xlstm_jax.cells import recurrence
+from xlstm_jax.cells import recurrence, recurrent_tpu
 from xlstm_jax.cells.backends import Backend, Registry
 from xlstm_jax.cells.precision import accumulator
 from xlstm_jax.cells.slstm.recurrent import State, cell, empty_state
@@ -15,7 +15,16 @@ BACKENDS = Registry(
   "sLSTM",
   "slstm_backend",
   "recurrent",
-  (Backend("recurrent", partial(recurrence.scan, cell)),),
+  (
+    Backend(
+      "pallas_tpu",
+      partial(recurrent_tpu.pallas_tpu, cell),
+      why_not=recurrent_tpu.why_not,
+      why_not_auto=recurrent_tpu.why_not_auto,
+      platform="tpu",
+    ),
+    Backend("recurrent", partial(recurrence.scan, cell)),
+  ),
 )
 
 

@@ -1,0 +1,312 @@
+"""The kernels of `recurrent_tpu`: a loop over time beside R in VMEM.
+
+              x of Tb steps in memory (next ones are on their way)
+                                    |
+   units  -->  raw = x_t + y R + b  -->  cell  -->  units  --> ... Tb steps
+     |                  R in VMEM                     |
+     |                                                y, and what the way back
+  in VMEM from block to block of time                 needs, to memory
+
+The grid is (groups of heads, groups of rows, blocks of time). Only the last
+axis is sequential: the last units of a block, which lie in VMEM as a result
+that every block of time has in common, are the first of the next.
+
+The way back runs through the blocks and through their steps in reverse. It
+restores raw of a block by one product of all its rows, and puts the gradients
+of the gates in its place.
+
+Arrays are padded: B to whole groups of sublanes, D to whole lanes.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from xlstm_jax.cells.precision import multiplication
+
+# What the flags of a token say.
+REAL, START = 1, 2
+
+
+class Blocks(NamedTuple):
+  """What a program has of the arrays at a time.
+
+  Attributes:
+    H: Heads.
+    B: Rows.
+    T: Steps.
+  """
+
+  H: int
+  B: int
+  T: int
+
+
+class Static(NamedTuple):
+  """What is static in a call.
+
+  Attributes:
+    cell: The pointwise function.
+    blocks: See `Blocks`.
+    vmem: Bytes of VMEM that the kernel may take.
+    interpret: As `pl.pallas_call` takes it.
+  """
+
+  cell: Callable[..., Any]
+  blocks: Blocks
+  vmem: int
+  interpret: Any
+
+
+class Kept(NamedTuple):
+  """What the backward pass needs of every step: the units before it.
+
+  y is there as the product multiplies it; the others follow as they are.
+  """
+
+  y_THBD: Float[Array, "T H B D"]
+  others: tuple[Float[Array, "T H B D"], ...]
+
+
+def forward(
+  static: Static,
+  x_TGHBD: Float[Array, "T G H B D"],
+  R_HDG: Float[Array, "H D G_D"],
+  b_GHD: Float[Array, "G H 1 D"],
+  flags_TB: Int[Array, "T B 1"],
+  units: Sequence[Float[Array, "H B D"]],
+  *,
+  keep: bool,
+) -> tuple[Float[Array, "T H B D"], tuple[Array, ...], Kept | None]:
+  """y of every step, the last units and, with `keep`, the backward pass's."""
+  T, G, H, B, D = x_TGHBD.shape
+  blocks = static.blocks
+  count = len(units)
+
+  def kernel(x_ref, R_ref, b_ref, flags_ref, *refs):
+    first_refs, y_ref = refs[:count], refs[count]
+    unit_refs = refs[count + 1 : 2 * count + 1]
+    kept_refs = refs[2 * count + 1 :]
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+      for unit_ref, first_ref in zip(unit_refs, first_refs, strict=True):
+        unit_ref[...] = first_ref[...]
+
+    def step(t, _):
+      flags = flags_ref[t]
+      for head in range(blocks.H):
+        before = _fresh(flags, [unit_ref[head] for unit_ref in unit_refs])
+        operand = before[0].astype(R_ref.dtype)
+        mixed = _product(operand, R_ref[head], (1, 0))
+        raw = [
+          x_ref[t, gate, head].astype(mixed.dtype)
+          + mixed[:, gate * D : (gate + 1) * D]
+          + b_ref[gate, head]
+          for gate in range(G)
+        ]
+        after = _next(static.cell, raw, flags, before)
+        y_ref[t, head] = after[0].astype(y_ref.dtype)
+        for unit_ref, unit in zip(unit_refs, after, strict=True):
+          unit_ref[head] = unit
+        if keep:
+          kept = (operand, *before[1:])
+          for kept_ref, unit in zip(kept_refs, kept, strict=True):
+            kept_ref[t, head] = unit
+      return ()
+
+    lax.fori_loop(0, blocks.T, step, ())
+
+  specs = _specs(blocks, (G, D), T // blocks.T, reverse=False)
+  like = functools.partial(_like, x_TGHBD)
+  wide = units[0].dtype
+  kept_types = [R_HDG.dtype, *[wide] * (count - 1)] if keep else []
+  y, *results = pl.pallas_call(
+    kernel,
+    name="recurrent_forward",
+    grid=(H // blocks.H, B // blocks.B, T // blocks.T),
+    in_specs=[specs.x, specs.R, specs.b, specs.flags, *[specs.unit] * count],
+    out_specs=[
+      specs.step,
+      *[specs.unit] * count,
+      *[specs.step] * len(kept_types),
+    ],
+    out_shape=[
+      like((T, H, B, D), x_TGHBD.dtype),
+      *[like((H, B, D), wide)] * count,
+      *[like((T, H, B, D), dtype) for dtype in kept_types],
+    ],
+    **_options(static),
+  )(x_TGHBD, R_HDG, b_GHD, flags_TB, *units)
+  last, kept = tuple(results[:count]), results[count:]
+  return y, last, Kept(kept[0], tuple(kept[1:])) if keep else None
+
+
+def backward(
+  static: Static,
+  x_TGHBD: Float[Array, "T G H B D"],
+  R_HDG: Float[Array, "H D G_D"],
+  b_GHD: Float[Array, "G H 1 D"],
+  flags_TB: Int[Array, "T B 1"],
+  kept: Kept,
+  dy_THBD: Float[Array, "T H B D"],
+  dlast: Sequence[Float[Array, "H B D"]],
+) -> tuple[Float[Array, "T G H B D"], tuple[Array, ...]]:
+  """Gradients of raw of every step and of the first units."""
+  T, G, H, B, D = x_TGHBD.shape
+  blocks = static.blocks
+  count = len(dlast)
+  wide = dlast[0].dtype
+
+  def kernel(x_ref, R_ref, b_ref, flags_ref, *refs):
+    y_before_ref, *other_refs = refs[:count]
+    dy_ref = refs[count]
+    dlast_refs = refs[count + 1 : 2 * count + 1]
+    draw_ref = refs[2 * count + 1]
+    dunit_refs = refs[2 * count + 2 :]
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+      for dunit_ref, dlast_ref in zip(dunit_refs, dlast_refs, strict=True):
+        dunit_ref[...] = dlast_ref[...]
+
+    for head in range(blocks.H):
+      # Rows of 16 bits can only be joined when they are wide.
+      y = y_before_ref[:, head].astype(wide).reshape(blocks.T * blocks.B, D)
+      mixed = _product(y.astype(R_ref.dtype), R_ref[head], (1, 0))
+      for gate in range(G):
+        of_gate = mixed[:, gate * D : (gate + 1) * D]
+        draw_ref[:, gate, head] = (
+          x_ref[:, gate, head].astype(wide)
+          + of_gate.reshape(blocks.T, blocks.B, D)
+          + b_ref[gate, head]
+        )
+
+    def step(at, _):
+      t = blocks.T - 1 - at
+      flags = flags_ref[t]
+      for head in range(blocks.H):
+        raw = [draw_ref[t, gate, head] for gate in range(G)]
+        # The cell does not look at the y before.
+        before = [other_ref[t, head] for other_ref in other_refs]
+        before = [jnp.zeros_like(raw[0]), *before]
+        dunits = [dunit_ref[head] for dunit_ref in dunit_refs]
+        dunits[0] += dy_ref[t, head].astype(wide)
+        _, pullback = jax.vjp(
+          lambda raw, *units, flags=flags: _next(
+            static.cell, raw, flags, units
+          ),
+          raw,
+          *before,
+        )
+        draw, dy, *dothers = pullback(tuple(dunits))
+        for gate in range(G):
+          draw_ref[t, gate, head] = draw[gate]
+        operand = jnp.concatenate(
+          [gate.astype(R_ref.dtype) for gate in draw], axis=1
+        )
+        dy += _product(operand, R_ref[head], (1, 1))
+        dbefore = _fresh(flags, (dy, *dothers))
+        for dunit_ref, dunit in zip(dunit_refs, dbefore, strict=True):
+          dunit_ref[head] = dunit
+      return ()
+
+    lax.fori_loop(0, blocks.T, step, ())
+
+  specs = _specs(blocks, (G, D), T // blocks.T, reverse=True)
+  like = functools.partial(_like, x_TGHBD)
+  draw, *dfirst = pl.pallas_call(
+    kernel,
+    name="recurrent_backward",
+    grid=(H // blocks.H, B // blocks.B, T // blocks.T),
+    in_specs=[
+      *(specs.x, specs.R, specs.b, specs.flags),
+      *[specs.step] * count,
+      specs.step,
+      *[specs.unit] * count,
+    ],
+    out_specs=[specs.x, *[specs.unit] * count],
+    out_shape=[
+      like(x_TGHBD.shape, wide),
+      *[like((H, B, D), wide)] * count,
+    ],
+    **_options(static),
+  )(x_TGHBD, R_HDG, b_GHD, flags_TB, *kept[:1], *kept.others, dy_THBD, *dlast)
+  return draw, tuple(dfirst)
+
+
+def _fresh(flags, units):
+  start = (flags & START) != 0
+  return [jnp.where(start, 0.0, unit) for unit in units]
+
+
+def _next(cell, raw, flags, units):
+  real = (flags & REAL) != 0
+  after = cell(raw, tuple(units))
+  return tuple(
+    jnp.where(real, new, old) for new, old in zip(after, units, strict=True)
+  )
+
+
+def _product(x, y, contracted: tuple[int, int]):
+  """With operands as they come and a sum in at least float32."""
+  return lax.dot_general(
+    x,
+    y,
+    (([contracted[0]], [contracted[1]]), ([], [])),
+    preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    precision=multiplication(x.dtype),
+  )
+
+
+class _Specs(NamedTuple):
+  """Blocks of the arrays by what they are of."""
+
+  x: pl.BlockSpec  # [T, G, H, B, D]
+  R: pl.BlockSpec
+  b: pl.BlockSpec
+  flags: pl.BlockSpec
+  step: pl.BlockSpec  # [T, H, B, D]
+  unit: pl.BlockSpec  # [H, B, D]
+
+
+def _specs(
+  blocks: Blocks, sizes: tuple[int, int], steps: int, *, reverse: bool
+) -> _Specs:
+  (G, D), (H, B, T) = sizes, blocks
+
+  def time(t):
+    return steps - 1 - t if reverse else t
+
+  return _Specs(
+    x=pl.BlockSpec((T, G, H, B, D), lambda h, b, t: (time(t), 0, h, b, 0)),
+    R=pl.BlockSpec((H, D, G * D), lambda h, b, t: (h, 0, 0)),
+    b=pl.BlockSpec((G, H, 1, D), lambda h, b, t: (0, h, 0, 0)),
+    flags=pl.BlockSpec((T, B, 1), lambda h, b, t: (time(t), b, 0)),
+    step=pl.BlockSpec((T, H, B, D), lambda h, b, t: (time(t), h, b, 0)),
+    unit=pl.BlockSpec((H, B, D), lambda h, b, t: (h, b, 0)),
+  )
+
+
+def _options(static: Static) -> dict[str, Any]:
+  return {
+    "interpret": static.interpret or False,
+    "compiler_params": pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "arbitrary"),
+      vmem_limit_bytes=static.vmem,
+    ),
+  }
+
+
+def _like(x, shape: tuple[int, ...], dtype: DTypeLike):
+  """The type of a result that varies over the axes of a mesh as x does."""
+  return jax.ShapeDtypeStruct(
+    shape, dtype, manual_axis_type=jax.typeof(x).mat
+  )
