@@ -112,17 +112,19 @@ def case(cell: str, gate: str, time: int = TIME) -> Case:
 
 @functools.cache
 def program(cell: str, which: str):
-  """Results and gradients, in the types of the arguments."""
+  """Results and gradients, of the textbook or a backend, in the types given."""
   module, sequence, _ = CELLS[cell]
 
   def loss(floats, segments, segment, dy, dunits):
     x, R, b, units = floats
-    if which == "ours":
-      state = module.State(*units, segment_B=segment)
-      y, last = sequence(x, R, b, segments_BT=segments, state=state)
-      last = last[:-1]
-    else:
+    if which == "textbook":
       y, last = textbook(cell, x, R, b, segments, units, segment)
+    else:
+      state = module.State(*units, segment_B=segment)
+      y, last = sequence(
+        x, R, b, segments_BT=segments, state=state, backend=which
+      )
+      last = last[:-1]
     total = sum(jnp.vdot(a, d) for a, d in zip(last, dunits, strict=True))
     return total + jnp.vdot(y, dy.astype(y.dtype)).astype(total.dtype), (
       y,
@@ -174,10 +176,12 @@ def moved(cell: str, gate: str, time: int, dtype: str):
   return [run(cell, "textbook", other(), "float64") for _ in range(4)]
 
 
-def float64_shares(cell: str, gate: str, time: int) -> dict[str, float]:
+def float64_shares(
+  cell: str, gate: str, time: int, *, backend: str = "auto"
+) -> dict[str, float]:
   """The error of every result as a share of 1e-10 of its norm."""
   expected = truth(cell, gate, time)
-  results = run(cell, "ours", case(cell, gate, time), "float64")
+  results = run(cell, backend, case(cell, gate, time), "float64")
   return {
     name: mlstm_contract.relative(value, expected[name]) / 1e-10
     for name, value in results.items()
@@ -185,7 +189,7 @@ def float64_shares(cell: str, gate: str, time: int) -> dict[str, float]:
 
 
 def rounded_shares(
-  cell: str, gate: str, time: int, *, dtype: str
+  cell: str, gate: str, time: int, *, dtype: str, backend: str = "auto"
 ) -> dict[str, float]:
   """The error of every result as a share of the bound.
 
@@ -202,7 +206,7 @@ def rounded_shares(
       expected[name],
       moved=[other[name] for other in others],
     )
-    for name, value in run(cell, "ours", c, dtype).items()
+    for name, value in run(cell, backend, c, dtype).items()
   }
 
 

@@ -4,9 +4,14 @@ from functools import partial
 
 from jaxtyping import Array, Float, Int
 
-from xlstm_jax.cells import recurrence, recurrent_tpu
+from xlstm_jax.cells import recurrence
 from xlstm_jax.cells.backends import Backend, Registry
 from xlstm_jax.cells.precision import accumulator
+from xlstm_jax.cells.recurrence_tpu.backend import (
+  pallas_tpu,
+  why_not,
+  why_not_auto,
+)
 from xlstm_jax.cells.slstm.recurrent import State, cell, empty_state
 
 # Every form takes what `recurrence.run` passes on. A new one, in a file or a
@@ -18,9 +23,9 @@ BACKENDS = Registry(
   (
     Backend(
       "pallas_tpu",
-      partial(recurrent_tpu.pallas_tpu, cell),
-      why_not=recurrent_tpu.why_not,
-      why_not_auto=recurrent_tpu.why_not_auto,
+      partial(pallas_tpu, cell),
+      why_not=why_not,
+      why_not_auto=why_not_auto,
       platform="tpu",
     ),
     Backend("recurrent", partial(recurrence.scan, cell)),

@@ -1,4 +1,4 @@
-"""The kernels of `recurrent_tpu`: a loop over time beside R in VMEM.
+"""The kernels of `pallas_tpu`: a loop over time beside R in VMEM.
 
               x of Tb steps in memory (next ones are on their way)
                                     |
@@ -30,23 +30,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from xlstm_jax.cells.precision import multiplication
+from xlstm_jax.cells.recurrence_tpu.blocks import Blocks
 
 # What the flags of a token say.
 REAL, START = 1, 2
-
-
-class Blocks(NamedTuple):
-  """What a program has of the arrays at a time.
-
-  Attributes:
-    H: Heads.
-    B: Rows.
-    T: Steps.
-  """
-
-  H: int
-  B: int
-  T: int
 
 
 class Static(NamedTuple):
@@ -65,27 +52,20 @@ class Static(NamedTuple):
   interpret: Any
 
 
-class Kept(NamedTuple):
-  """What the backward pass needs of every step: the units before it.
-
-  y is there as the product multiplies it; the others follow as they are.
-  """
-
-  y_THBD: Float[Array, "T H B D"]
-  others: tuple[Float[Array, "T H B D"], ...]
-
-
 def forward(
   static: Static,
   x_TGHBD: Float[Array, "T G H B D"],
-  R_HDG: Float[Array, "H D G_D"],
-  b_GHD: Float[Array, "G H 1 D"],
-  flags_TB: Int[Array, "T B 1"],
+  R_HDGE: Float[Array, "H D G D"],
+  b_GHD: Float[Array, "G H D"],
+  flags_TB1: Int[Array, "T B 1"],
   units: Sequence[Float[Array, "H B D"]],
   *,
   keep: bool,
-) -> tuple[Float[Array, "T H B D"], tuple[Array, ...], Kept | None]:
-  """y of every step, the last units and, with `keep`, the backward pass's."""
+) -> tuple[Float[Array, "T H B D"], tuple[Array, ...], tuple[Array, ...]]:
+  """y of every step, the last units, and with `keep` what `backward` needs.
+
+  That are the units before every step: y as the product has it, and the rest.
+  """
   T, G, H, B, D = x_TGHBD.shape
   blocks = static.blocks
   count = len(units)
@@ -106,12 +86,8 @@ def forward(
         before = _fresh(flags, [unit_ref[head] for unit_ref in unit_refs])
         operand = before[0].astype(R_ref.dtype)
         mixed = _product(operand, R_ref[head], (1, 0))
-        raw = [
-          x_ref[t, gate, head].astype(mixed.dtype)
-          + mixed[:, gate * D : (gate + 1) * D]
-          + b_ref[gate, head]
-          for gate in range(G)
-        ]
+        raw = x_ref[t, :, head].astype(mixed.dtype) + b_ref[:, head]
+        raw += _split(mixed, G)
         after = _next(static.cell, raw, flags, before)
         y_ref[t, head] = after[0].astype(y_ref.dtype)
         for unit_ref, unit in zip(unit_refs, after, strict=True):
@@ -127,7 +103,7 @@ def forward(
   specs = _specs(blocks, (G, D), T // blocks.T, reverse=False)
   like = functools.partial(_like, x_TGHBD)
   wide = units[0].dtype
-  kept_types = [R_HDG.dtype, *[wide] * (count - 1)] if keep else []
+  kept_types = [R_HDGE.dtype, *[wide] * (count - 1)] if keep else []
   y, *results = pl.pallas_call(
     kernel,
     name="recurrent_forward",
@@ -144,18 +120,17 @@ def forward(
       *[like((T, H, B, D), dtype) for dtype in kept_types],
     ],
     **_options(static),
-  )(x_TGHBD, R_HDG, b_GHD, flags_TB, *units)
-  last, kept = tuple(results[:count]), results[count:]
-  return y, last, Kept(kept[0], tuple(kept[1:])) if keep else None
+  )(x_TGHBD, *_flat(R_HDGE, b_GHD), flags_TB1, *units)
+  return y, tuple(results[:count]), tuple(results[count:])
 
 
 def backward(
   static: Static,
   x_TGHBD: Float[Array, "T G H B D"],
-  R_HDG: Float[Array, "H D G_D"],
-  b_GHD: Float[Array, "G H 1 D"],
-  flags_TB: Int[Array, "T B 1"],
-  kept: Kept,
+  R_HDGE: Float[Array, "H D G D"],
+  b_GHD: Float[Array, "G H D"],
+  flags_TB1: Int[Array, "T B 1"],
+  kept: Sequence[Float[Array, "T H B D"]],
   dy_THBD: Float[Array, "T H B D"],
   dlast: Sequence[Float[Array, "H B D"]],
 ) -> tuple[Float[Array, "T G H B D"], tuple[Array, ...]]:
@@ -181,8 +156,7 @@ def backward(
       # Rows of 16 bits can only be joined when they are wide.
       y = y_before_ref[:, head].astype(wide).reshape(blocks.T * blocks.B, D)
       mixed = _product(y.astype(R_ref.dtype), R_ref[head], (1, 0))
-      for gate in range(G):
-        of_gate = mixed[:, gate * D : (gate + 1) * D]
+      for gate, of_gate in enumerate(_split(mixed, G)):
         draw_ref[:, gate, head] = (
           x_ref[:, gate, head].astype(wide)
           + of_gate.reshape(blocks.T, blocks.B, D)
@@ -193,7 +167,7 @@ def backward(
       t = blocks.T - 1 - at
       flags = flags_ref[t]
       for head in range(blocks.H):
-        raw = [draw_ref[t, gate, head] for gate in range(G)]
+        raw = draw_ref[t, :, head]
         # The cell does not look at the y before.
         before = [other_ref[t, head] for other_ref in other_refs]
         before = [jnp.zeros_like(raw[0]), *before]
@@ -207,8 +181,7 @@ def backward(
           *before,
         )
         draw, dy, *dothers = pullback(tuple(dunits))
-        for gate in range(G):
-          draw_ref[t, gate, head] = draw[gate]
+        draw_ref[t, :, head] = draw
         operand = jnp.concatenate(
           [gate.astype(R_ref.dtype) for gate in draw], axis=1
         )
@@ -238,8 +211,18 @@ def backward(
       *[like((H, B, D), wide)] * count,
     ],
     **_options(static),
-  )(x_TGHBD, R_HDG, b_GHD, flags_TB, *kept[:1], *kept.others, dy_THBD, *dlast)
+  )(x_TGHBD, *_flat(R_HDGE, b_GHD), flags_TB1, *kept, dy_THBD, *dlast)
   return draw, tuple(dfirst)
+
+
+def _flat(R_HDGE, b_GHD):
+  """The gates side by side in lanes, and a row for the biases of each."""
+  return R_HDGE.reshape(*R_HDGE.shape[:2], -1), b_GHD[:, :, None]
+
+
+def _split(x_BG, gates: int):
+  """The gates, that lie side by side in lanes, in front."""
+  return jnp.stack(jnp.split(x_BG, gates, axis=1))
 
 
 def _fresh(flags, units):
@@ -307,6 +290,4 @@ def _options(static: Static) -> dict[str, Any]:
 
 def _like(x, shape: tuple[int, ...], dtype: DTypeLike):
   """The type of a result that varies over the axes of a mesh as x does."""
-  return jax.ShapeDtypeStruct(
-    shape, dtype, manual_axis_type=jax.typeof(x).mat
-  )
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).mat)
