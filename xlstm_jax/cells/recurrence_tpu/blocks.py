@@ -10,8 +10,9 @@ from xlstm_jax.cells.precision import accumulator
 from xlstm_jax.cells.recurrence import Shapes
 
 LANES, SUBLANES = 128, 8
-# Rows of all steps of a block: so many hide what starting a block costs.
-ROWS = 512
+# Rows of all steps of a block: as many hide what starting one costs, and with
+# fewer than the least the products that restore raw would wait for R.
+ROWS, LEAST_ROWS = 512, 128
 # Of a program; more would share each use of R, but need room.
 MOST_ROWS = 64
 # Of VMEM, what blocks may take. The rest is for what the compiler spills.
@@ -66,16 +67,20 @@ def choose(shapes: Shapes, chip: Chip) -> Blocks | None:
   """
   groups = math.ceil(shapes.B / MOST_ROWS)
   rows = up(math.ceil(shapes.B / groups), SUBLANES)
-  for steps in _halves(
-    min(max(ROWS // rows, SUBLANES), up(shapes.T, SUBLANES))
-  ):
-    for heads in range(shapes.H, 0, -1):
-      programs = shapes.H // heads * groups
-      if shapes.H % heads or (programs < chip.cores and heads > 1):
-        continue
-      blocks = Blocks(heads, rows, steps)
-      if max(taken(shapes, blocks)) <= SHARE * chip.vmem:
-        return blocks
+  together = [
+    heads
+    for heads in range(shapes.H, 0, -1)
+    if shapes.H % heads == 0
+    and (heads == 1 or shapes.H // heads * groups >= chip.cores)
+  ]
+  most = 2 ** int(math.log2(ROWS / rows))
+  for least in (LEAST_ROWS, 1):
+    for heads in together:
+      for steps in _halves(min(most, up(shapes.T, SUBLANES))):
+        blocks = Blocks(heads, rows, steps)
+        fits = max(taken(shapes, blocks)) <= SHARE * chip.vmem
+        if fits and rows * steps >= least:
+          return blocks
   return None
 
 
