@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -23,6 +24,7 @@ import test_recurrent_cells as contract
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
+from xlstm_jax.cells import backends
 from xlstm_jax.cells.backends import Backend
 from xlstm_jax.cells.lstm.recurrent import cell as lstm_cell
 from xlstm_jax.cells.recurrence import Shapes
@@ -131,3 +133,170 @@ def test_faults_are_found(fault, interpreted, monkeypatch):
     mlstm_contract.check(
       contract.float64_shares("lstm", "normal", contract.TIME, backend=name)
     )
+
+
+@pytest.mark.slow
+def test_blocks_that_run_out_of_order_are_a_race(interpreted, monkeypatch):
+  """Time on several cores, as if blocks did not wait for each other."""
+
+  def unordered(static, options=kernels._options):
+    found = options(static)
+    parallel = pltpu.CompilerParams(dimension_semantics=("parallel",) * 3)
+    return found | {"compiler_params": parallel}
+
+  monkeypatch.setattr(kernels, "_options", unordered)
+  name = interpreted("races", RACES)
+  with pytest.raises(jax.errors.JaxRuntimeError, match=r"[Rr]ace"):
+    contract.rounded_shares(
+      "lstm", "normal", contract.TIME, dtype="float32", backend=name
+    )
+  pltpu.reset_tpu_interpret_mode_state()
+
+
+def example(cell: str):
+  """Arguments in float32, and what else of a case the tests need."""
+  c = contract.case(cell, "normal")
+  x, R, b, dy = (jnp.float32(a) for a in (c.x, c.R, c.b, c.dy))
+  return x, R, b, jnp.asarray(mlstm_contract.segments(contract.TIME)), dy
+
+
+def values_and_gradients(cell: str, backend: str):
+  def run(x, R, b, segments, dy):
+    def y(x, R, b):
+      return contract.CELLS[cell][1](
+        x, R, b, segments_BT=segments, backend=backend
+      )[0]
+
+    found, back = jax.vjp(y, x, R, b)
+    return found, *back(dy)
+
+  return run
+
+
+def assert_alike(actual, expected):
+  for a, b in zip(actual, expected, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_under_shard_map(interpreted):
+  """As a mesh has it: rows on devices, matrices on all."""
+  name = interpreted("exact", True)
+  mesh = jax.make_mesh(
+    (2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2]
+  )
+  rows, shared = PartitionSpec("data"), PartitionSpec()
+  on_mesh = jax.shard_map(
+    values_and_gradients("slstm", name),
+    mesh=mesh,
+    in_specs=(rows, shared, shared, rows, rows),
+    out_specs=(rows, rows, shared, shared),
+  )
+  args = example("slstm")
+  expected = values_and_gradients("slstm", "recurrent")
+  assert_alike(compiled.jit(on_mesh)(*args), compiled.jit(expected)(*args))
+
+
+@pytest.mark.slow
+def test_under_vmap_and_remat(interpreted):
+  name = interpreted("exact", True)
+  x, *args = example("lstm")
+
+  def both(backend):
+    run = jax.checkpoint(values_and_gradients("lstm", backend))
+    axes = (0, *[None] * len(args))
+    return compiled.jit(jax.vmap(run, in_axes=axes))(
+      jnp.stack([x, 2 * x]), *args
+    )
+
+  assert_alike(both(name), both("recurrent"))
+
+
+def device(kind: str, platform: str = "tpu"):
+  return types.SimpleNamespace(platform=platform, device_kind=kind)
+
+
+SHAPES = Shapes(32, 2048, 4, 192, "float32", "bfloat16")
+
+
+@pytest.mark.parametrize(
+  ("at", "changes", "reason"),
+  [
+    (device("cpu", "cpu"), {}, "it needs a TPU, and the device is cpu"),
+    (device("TPU v4"), {}, "known to compile for .*, and the device is TPU v4"),
+    (device("TPU7x"), {"dtype": "float64"}, "inputs of float64 are neither"),
+    (
+      device("TPU7x"),
+      {"matrix_dtype": "float16"},
+      "matrices of float16 are neither",
+    ),
+    (
+      device("TPU7x"),
+      {"D": 2048},
+      "of 2048 units take 32 MiB of VMEM, of which TPU7x has 64 for everything",
+    ),
+  ],
+)
+def test_what_the_kernels_do_not_take(at, changes, reason):
+  found = backend.why_not(at, SHAPES._replace(**changes))
+  assert found is not None
+  assert re.search(reason, found)
+
+
+def test_a_machine_without_a_tpu_is_refused_with_the_reason():
+  x, R, b, *_ = example("lstm")
+  for cell in FUNCTIONS:
+    with pytest.raises(UserError, match=r"needs a TPU, and the device is cpu"):
+      contract.CELLS[cell][1](x, R, b, backend="pallas_tpu")
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32, 64, 200])
+@pytest.mark.parametrize("units", [64, 192, 256, 384, 512, 1024])
+@pytest.mark.parametrize("kind", blocks.CHIPS)
+def test_blocks_of_the_named_heads_fit(kind, units, rows):
+  shapes = SHAPES._replace(B=rows, D=units)
+  assert backend.why_not(device(kind), shapes) is None
+  chip = blocks.CHIPS[kind]
+  found = blocks.choose(shapes, chip)
+  assert found is not None
+  assert max(blocks.taken(shapes, found)) <= 0.75 * chip.vmem
+  assert shapes.H % found.H == 0
+  # No core waits while another computes.
+  programs = shapes.H // found.H * -(-rows // found.B)
+  assert programs >= chip.cores
+
+
+def test_auto_takes_the_kernels_on_tpus_for_rows_of_some_tokens(monkeypatch):
+  monkeypatch.setattr(backends, "this_device", lambda: device("TPU v5 lite"))
+  for cell in FUNCTIONS:
+    registry = contract.CELLS[cell][0].BACKENDS
+    assert registry.choose("auto", SHAPES).name == "pallas_tpu"
+    short = SHAPES._replace(T=7)
+    assert registry.choose("auto", short).name == "recurrent"
+    assert registry.passed_over(short) == {
+      "pallas_tpu": "7 tokens are too few for it"
+    }
+
+
+needs_libtpu = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="compiling for a TPU needs the wheel libtpu",
+)
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "v7x"])
+def test_kernels_compile_for_tpus_without_one(chip):
+  """compile_recurrence_tpu.py has more of them, and takes longer."""
+  script = pathlib.Path(__file__).parent / "compile_recurrence_tpu.py"
+  done = subprocess.run(
+    [sys.executable, script, chip, "192,8", "512,64,lstm", "1024,1"],
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stdout[-2000:]
+  assert done.stdout.count("compiled") == 3

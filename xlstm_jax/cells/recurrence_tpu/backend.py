@@ -31,7 +31,8 @@ def why_not(device: Any, shapes: Shapes) -> str | None:
       f"it is known to compile for {', '.join(blocks.CHIPS)}, and the device "
       f"is {device.device_kind}"
     )
-  for name, dtype in (("inputs", shapes.dtype), ("R", shapes.matrix_dtype)):
+  types = {"inputs": shapes.dtype, "matrices": shapes.matrix_dtype}
+  for name, dtype in types.items():
     if dtype not in ("float32", "bfloat16"):
       return f"{name} of {dtype} are neither float32 nor bfloat16"
   if blocks.choose(shapes, blocks.CHIPS[device.device_kind]) is None:

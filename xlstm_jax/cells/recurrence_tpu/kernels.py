@@ -81,19 +81,27 @@ def forward(
         unit_ref[...] = first_ref[...]
 
     def step(t, _):
+      # Heads are independent: their products come first, so that they need
+      # not wait for another's pointwise part.
       flags = flags_ref[t]
-      for head in range(blocks.H):
-        before = _fresh(flags, [unit_ref[head] for unit_ref in unit_refs])
-        operand = before[0].astype(R_ref.dtype)
-        mixed = _product(operand, R_ref[head], (1, 0))
-        raw = x_ref[t, :, head].astype(mixed.dtype) + b_ref[:, head]
-        raw += _split(mixed, G)
-        after = _next(static.cell, raw, flags, before)
+      before = [
+        _fresh(flags, [unit_ref[head] for unit_ref in unit_refs])
+        for head in range(blocks.H)
+      ]
+      operands = [units[0].astype(R_ref.dtype) for units in before]
+      mixed = [
+        _product(operand, R_ref[head], (1, 0))
+        for head, operand in enumerate(operands)
+      ]
+      for head, units in enumerate(before):
+        x = x_ref[t, :, head].astype(units[0].dtype)
+        raw = x + _split(mixed[head], G) + b_ref[:, head]
+        after = _next(static.cell, raw, flags, units)
         y_ref[t, head] = after[0].astype(y_ref.dtype)
         for unit_ref, unit in zip(unit_refs, after, strict=True):
           unit_ref[head] = unit
         if keep:
-          kept = (operand, *before[1:])
+          kept = (operands[head], *units[1:])
           for kept_ref, unit in zip(kept_refs, kept, strict=True):
             kept_ref[t, head] = unit
       return ()
@@ -163,30 +171,30 @@ def backward(
           + b_ref[gate, head]
         )
 
+    def gradients(t, flags, head: int):
+      """Of raw, and of the units before but for what comes through raw."""
+      raw = draw_ref[t, :, head]
+      # The cell does not look at the y before.
+      before = [jnp.zeros_like(raw[0])]
+      before += [other_ref[t, head] for other_ref in other_refs]
+      dunits = [dunit_ref[head] for dunit_ref in dunit_refs]
+      dunits[0] += dy_ref[t, head].astype(wide)
+
+      def after(raw, *units):
+        return _next(static.cell, raw, flags, units)
+
+      draw, *dbefore = jax.vjp(after, raw, *before)[1](tuple(dunits))
+      return draw, dbefore
+
     def step(at, _):
       t = blocks.T - 1 - at
       flags = flags_ref[t]
-      for head in range(blocks.H):
-        raw = draw_ref[t, :, head]
-        # The cell does not look at the y before.
-        before = [other_ref[t, head] for other_ref in other_refs]
-        before = [jnp.zeros_like(raw[0]), *before]
-        dunits = [dunit_ref[head] for dunit_ref in dunit_refs]
-        dunits[0] += dy_ref[t, head].astype(wide)
-        _, pullback = jax.vjp(
-          lambda raw, *units, flags=flags: _next(
-            static.cell, raw, flags, units
-          ),
-          raw,
-          *before,
-        )
-        draw, dy, *dothers = pullback(tuple(dunits))
+      found = [gradients(t, flags, head) for head in range(blocks.H)]
+      for head, (draw, dbefore) in enumerate(found):
+        operand = jnp.concatenate([*draw.astype(R_ref.dtype)], axis=1)
+        dbefore[0] += _product(operand, R_ref[head], (1, 1))
         draw_ref[t, :, head] = draw
-        operand = jnp.concatenate(
-          [gate.astype(R_ref.dtype) for gate in draw], axis=1
-        )
-        dy += _product(operand, R_ref[head], (1, 1))
-        dbefore = _fresh(flags, (dy, *dothers))
+        dbefore = _fresh(flags, dbefore)
         for dunit_ref, dunit in zip(dunit_refs, dbefore, strict=True):
           dunit_ref[head] = dunit
       return ()

@@ -1,0 +1,81 @@
+"""Compiles the recurrent cells' TPU kernels, forward and backward, without one.
+
+    python compile_recurrence_tpu.py CHIP UNITS,ROWS[,OPTION...] ...
+
+CHIP is v5e, v5p, v6e or v7x; options are "lstm" for that cell, "float32" for
+such matrices and "bfloat16" for such inputs. Four heads, as the paper's models
+have them.
+"""
+
+import os
+import sys
+import time
+
+os.environ |= {
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+  "TPU_SKIP_MDS_QUERY": "true",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from xlstm_jax import sharding
+from xlstm_jax.cells.lstm import lstm
+from xlstm_jax.cells.slstm import slstm
+
+TOPOLOGIES = {
+  "v5e": "v5e:2x2",
+  "v5p": "v5p:2x2x1",
+  "v6e": "v6e:2x2",
+  "v7x": "tpu7x:2x2x1",
+}
+HEADS, TIME = 4, 256
+
+
+def main(chip: str, cases: list[str]) -> None:
+  described = topologies.get_topology_desc(
+    platform="tpu", topology_name=TOPOLOGIES[chip]
+  )
+  mesh = sharding.make_mesh(sharding.MeshConfig(), described.devices[:1])
+  place = NamedSharding(mesh, PartitionSpec())
+  with jax.set_mesh(mesh):
+    for case in cases:
+      D, B, *options = case.split(",")
+      started = time.monotonic()
+      compile_case(int(D), int(B), options, place)
+      print(f"{case} compiled in {time.monotonic() - started:.0f} s")
+
+
+def compile_case(D: int, B: int, options: list[str], place) -> None:
+  cell = lstm if "lstm" in options else slstm
+  of_x = "bfloat16" if "bfloat16" in options else "float32"
+  of_R = "float32" if "float32" in options else "bfloat16"
+
+  def both(x, R, b, segments, dy):
+    def forward(x, R, b):
+      return cell(x, R, b, segments_BT=segments, backend="pallas_tpu")[0]
+
+    y, back = jax.vjp(forward, x, R, b)
+    return y, back(dy)
+
+  def array(*shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+  args = (
+    array(B, TIME, 4, HEADS, D, dtype=of_x),
+    array(4, HEADS, D, D, dtype=of_R),
+    array(4, HEADS, D, dtype="float32"),
+    array(B, TIME, dtype="int32"),
+    array(B, TIME, HEADS, D, dtype=of_x),
+  )
+  text = jax.jit(both).lower(*args).compile().as_text()
+  for name in ("recurrent_forward", "recurrent_backward"):
+    assert name in text, f"the program has no {name}"
+
+
+if __name__ == "__main__":
+  main(sys.argv[1], sys.argv[2:])
