@@ -8,11 +8,7 @@ from xlstm_jax.cells import recurrence
 from xlstm_jax.cells.backends import Backend, Registry
 from xlstm_jax.cells.lstm.recurrent import State, cell, empty_state
 from xlstm_jax.cells.precision import accumulator
-from xlstm_jax.cells.recurrence_tpu.backend import (
-  pallas_tpu,
-  why_not,
-  why_not_auto,
-)
+from xlstm_jax.cells.recurrence_tpu.backend import tpu_row
 
 # Every form takes what `recurrence.run` passes on. A new one, in a file or a
 # folder beside this one, has a row here.
@@ -21,13 +17,7 @@ BACKENDS = Registry(
   "lstm_backend",
   "recurrent",
   (
-    Backend(
-      "pallas_tpu",
-      partial(pallas_tpu, cell),
-      why_not=why_not,
-      why_not_auto=why_not_auto,
-      platform="tpu",
-    ),
+    tpu_row(cell),
     Backend("recurrent", partial(recurrence.scan, cell)),
   ),
 )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from xlstm_jax.cells.backends import this_device
+from xlstm_jax.cells.backends import Backend, this_device
 from xlstm_jax.cells.documents import Documents
 from xlstm_jax.cells.precision import multiplied
 from xlstm_jax.cells.recurrence import Cell, Shapes, Units
@@ -20,6 +20,17 @@ from xlstm_jax.cells.recurrence_tpu import blocks
 
 # Fewer tokens are not worth the copies of what lies otherwise in memory.
 LEAST_TOKENS = 8
+
+
+def tpu_row(cell: Cell) -> Backend:
+  """The row of a cell's registry."""
+  return Backend(
+    "pallas_tpu",
+    partial(pallas_tpu, cell),
+    why_not=why_not,
+    why_not_auto=why_not_auto,
+    platform="tpu",
+  )
 
 
 def why_not(device: Any, shapes: Shapes) -> str | None:

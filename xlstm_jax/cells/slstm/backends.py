@@ -7,11 +7,7 @@ from jaxtyping import Array, Float, Int
 from xlstm_jax.cells import recurrence
 from xlstm_jax.cells.backends import Backend, Registry
 from xlstm_jax.cells.precision import accumulator
-from xlstm_jax.cells.recurrence_tpu.backend import (
-  pallas_tpu,
-  why_not,
-  why_not_auto,
-)
+from xlstm_jax.cells.recurrence_tpu.backend import tpu_row
 from xlstm_jax.cells.slstm.recurrent import State, cell, empty_state
 
 # Every form takes what `recurrence.run` passes on. A new one, in a file or a
@@ -21,13 +17,7 @@ BACKENDS = Registry(
   "slstm_backend",
   "recurrent",
   (
-    Backend(
-      "pallas_tpu",
-      partial(pallas_tpu, cell),
-      why_not=why_not,
-      why_not_auto=why_not_auto,
-      platform="tpu",
-    ),
+    tpu_row(cell),
     Backend("recurrent", partial(recurrence.scan, cell)),
   ),
 )
