@@ -132,9 +132,11 @@ def _run_forward(static, *args):
 
 def _run_backward(static, saved, cotangents):
   x, R, b, flags, kept = saved
-  draw, dfirst = _kernels().backward(static, x, R, b, flags, kept, *cotangents)
-  dR = multiplied("THBD,TGHBE->HDGE", kept[0], draw, R.dtype)
-  db = jnp.sum(draw, axis=(0, 3))
+  draw, operand, db_GHBD, dfirst = _kernels().backward(
+    static, x, R, b, flags, kept, *cotangents
+  )
+  dR = multiplied("THBD,TGHBE->HDGE", kept[0], operand, R.dtype)
+  db = jnp.sum(db_GHBD, axis=2)
   return draw.astype(x.dtype), dR.astype(R.dtype), db, None, dfirst
 
 

@@ -104,7 +104,8 @@ def taken(shapes: Shapes, blocks: Blocks) -> tuple[int, int]:
   common = blocks.H * D * GATES * D * of_R + 2 * UNITS * units * wide
   common += blocks.T * blocks.B * LANES * 4  # the tokens' flags
   forward = blocks.T * units * (GATES * of_x + of_x + kept)
-  backward = blocks.T * units * (GATES * (of_x + wide) + of_x + kept)
+  gates = GATES * (of_x + wide + of_R)  # x, and gradients in two types
+  backward = blocks.T * units * (gates + of_x + kept) + GATES * units * wide
   # The product that restores raw of a head's block.
   product = blocks.T * blocks.B * GATES * D * wide
   return 2 * (common + forward), 2 * (common + backward) + product

@@ -141,22 +141,28 @@ def backward(
   kept: Sequence[Float[Array, "T H B D"]],
   dy_THBD: Float[Array, "T H B D"],
   dlast: Sequence[Float[Array, "H B D"]],
-) -> tuple[Float[Array, "T G H B D"], tuple[Array, ...]]:
-  """Gradients of raw of every step and of the first units."""
+) -> tuple[Array, Array, Float[Array, "G H B D"], tuple[Array, ...]]:
+  """Gradients of raw of every step, of b by rows, and of the first units.
+
+  The first two are of raw: as they are, and as products have them.
+  """
   T, G, H, B, D = x_TGHBD.shape
   blocks = static.blocks
   count = len(dlast)
   wide = dlast[0].dtype
+  two_types = R_HDGE.dtype != wide
 
   def kernel(x_ref, R_ref, b_ref, flags_ref, *refs):
     y_before_ref, *other_refs = refs[:count]
     dy_ref = refs[count]
     dlast_refs = refs[count + 1 : 2 * count + 1]
-    draw_ref = refs[2 * count + 1]
-    dunit_refs = refs[2 * count + 2 :]
+    draw_ref, db_ref = refs[2 * count + 1 : 2 * count + 3]
+    dunit_refs = refs[2 * count + 3 : 3 * count + 3]
+    operand_refs = refs[3 * count + 3 :]
 
     @pl.when(pl.program_id(2) == 0)
     def _():
+      db_ref[...] = jnp.zeros_like(db_ref)
       for dunit_ref, dlast_ref in zip(dunit_refs, dlast_refs, strict=True):
         dunit_ref[...] = dlast_ref[...]
 
@@ -191,9 +197,13 @@ def backward(
       flags = flags_ref[t]
       found = [gradients(t, flags, head) for head in range(blocks.H)]
       for head, (draw, dbefore) in enumerate(found):
-        operand = jnp.concatenate([*draw.astype(R_ref.dtype)], axis=1)
-        dbefore[0] += _product(operand, R_ref[head], (1, 1))
+        operand = draw.astype(R_ref.dtype)
+        side_by_side = jnp.concatenate([*operand], axis=1)
+        dbefore[0] += _product(side_by_side, R_ref[head], (1, 1))
         draw_ref[t, :, head] = draw
+        db_ref[:, head] += draw
+        for operand_ref in operand_refs:
+          operand_ref[t, :, head] = operand
         dbefore = _fresh(flags, dbefore)
         for dunit_ref, dunit in zip(dunit_refs, dbefore, strict=True):
           dunit_ref[head] = dunit
@@ -203,7 +213,7 @@ def backward(
 
   specs = _specs(blocks, (G, D), T // blocks.T, reverse=True)
   like = functools.partial(_like, x_TGHBD)
-  draw, *dfirst = pl.pallas_call(
+  draw, db, *results = pl.pallas_call(
     kernel,
     name="recurrent_backward",
     grid=(H // blocks.H, B // blocks.B, T // blocks.T),
@@ -213,14 +223,20 @@ def backward(
       specs.step,
       *[specs.unit] * count,
     ],
-    out_specs=[specs.x, *[specs.unit] * count],
+    out_specs=[
+      *(specs.x, specs.by_row),
+      *[specs.unit] * count,
+      *[specs.x] * two_types,
+    ],
     out_shape=[
-      like(x_TGHBD.shape, wide),
+      *(like(x_TGHBD.shape, wide), like((G, H, B, D), wide)),
       *[like((H, B, D), wide)] * count,
+      *[like(x_TGHBD.shape, R_HDGE.dtype)] * two_types,
     ],
     **_options(static),
   )(x_TGHBD, *_flat(R_HDGE, b_GHD), flags_TB1, *kept, dy_THBD, *dlast)
-  return draw, tuple(dfirst)
+  operand = results[-1] if two_types else draw
+  return draw, operand, db, tuple(results[:count])
 
 
 def _flat(R_HDGE, b_GHD):
@@ -266,6 +282,7 @@ class _Specs(NamedTuple):
   flags: pl.BlockSpec
   step: pl.BlockSpec  # [T, H, B, D]
   unit: pl.BlockSpec  # [H, B, D]
+  by_row: pl.BlockSpec  # [G, H, B, D]
 
 
 def _specs(
@@ -283,6 +300,7 @@ def _specs(
     flags=pl.BlockSpec((T, B, 1), lambda h, b, t: (time(t), b, 0)),
     step=pl.BlockSpec((T, H, B, D), lambda h, b, t: (time(t), h, b, 0)),
     unit=pl.BlockSpec((H, B, D), lambda h, b, t: (h, b, 0)),
+    by_row=pl.BlockSpec((G, H, B, D), lambda h, b, t: (0, h, b, 0)),
   )
 
 
