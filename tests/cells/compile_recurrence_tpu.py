@@ -3,8 +3,8 @@
     python compile_recurrence_tpu.py CHIP UNITS,ROWS[,OPTION...] ...
 
 CHIP is v5e, v5p, v6e or v7x; options are "lstm" for that cell, "float32" for
-such matrices and "bfloat16" for such inputs. Four heads, as the paper's models
-have them.
+such matrices, "bfloat16" for such inputs, and "mesh" for as many rows on each
+of two devices, by `jax.shard_map`. Four heads, as the paper's models have.
 """
 
 import os
@@ -40,17 +40,18 @@ def main(chip: str, cases: list[str]) -> None:
   described = topologies.get_topology_desc(
     platform="tpu", topology_name=TOPOLOGIES[chip]
   )
-  mesh = sharding.make_mesh(sharding.MeshConfig(), described.devices[:1])
-  place = NamedSharding(mesh, PartitionSpec())
-  with jax.set_mesh(mesh):
-    for case in cases:
-      D, B, *options = case.split(",")
-      started = time.monotonic()
-      compile_case(int(D), int(B), options, place)
-      print(f"{case} compiled in {time.monotonic() - started:.0f} s")
+  for case in cases:
+    D, B, *options = case.split(",")
+    count = 2 if "mesh" in options else 1
+    mesh = sharding.make_mesh(sharding.MeshConfig(), described.devices[:count])
+    started = time.monotonic()
+    with jax.set_mesh(mesh):
+      compile_case(int(D), count * int(B), options, mesh)
+    print(f"{case} compiled in {time.monotonic() - started:.0f} s")
 
 
-def compile_case(D: int, B: int, options: list[str], place) -> None:
+def compile_case(D: int, B: int, options: list[str], mesh) -> None:
+  rows, shared = PartitionSpec("data"), PartitionSpec()
   cell = lstm if "lstm" in options else slstm
   of_x = "bfloat16" if "bfloat16" in options else "float32"
   of_R = "float32" if "float32" in options else "bfloat16"
@@ -62,16 +63,24 @@ def compile_case(D: int, B: int, options: list[str], place) -> None:
     y, back = jax.vjp(forward, x, R, b)
     return y, back(dy)
 
-  def array(*shape, dtype):
+  def array(*shape, dtype, spec):
+    place = NamedSharding(mesh, spec)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
   args = (
-    array(B, TIME, 4, HEADS, D, dtype=of_x),
-    array(4, HEADS, D, D, dtype=of_R),
-    array(4, HEADS, D, dtype="float32"),
-    array(B, TIME, dtype="int32"),
-    array(B, TIME, HEADS, D, dtype=of_x),
+    array(B, TIME, 4, HEADS, D, dtype=of_x, spec=rows),
+    array(4, HEADS, D, D, dtype=of_R, spec=shared),
+    array(4, HEADS, D, dtype="float32", spec=shared),
+    array(B, TIME, dtype="int32", spec=rows),
+    array(B, TIME, HEADS, D, dtype=of_x, spec=rows),
   )
+  if "mesh" in options:
+    both = jax.shard_map(
+      both,
+      mesh=mesh,
+      in_specs=(rows, shared, shared, rows, rows),
+      out_specs=(rows, (rows, shared, shared)),
+    )
   text = jax.jit(both).lower(*args).compile().as_text()
   for name in ("recurrent_forward", "recurrent_backward"):
     assert name in text, f"the program has no {name}"

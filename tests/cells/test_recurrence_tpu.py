@@ -23,9 +23,9 @@ import numpy as np
 import pytest
 import test_recurrent_cells as contract
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType, PartitionSpec
 
-from xlstm_jax.cells import backends
+from xlstm_jax import sharding
+from xlstm_jax.cells import backends, slstm
 from xlstm_jax.cells.backends import Backend
 from xlstm_jax.cells.lstm.recurrent import cell as lstm_cell
 from xlstm_jax.cells.recurrence import Shapes
@@ -66,16 +66,15 @@ def test_all_gates_in_float64(cell, interpreted):
     mlstm_contract.check(shares)
 
 
-# It takes a second and more to interpret a case as a TPU would run it.
+# To interpret a program as a TPU would run it takes 6 s, and every case 1 or 2.
 TPU_CASES = [
   ("slstm", "bfloat16", "mixed=100"),
-  ("lstm", "bfloat16", "normal"),
   *(
     pytest.param(cell, dtype, gates, marks=pytest.mark.slow)
     for cell, dtype, gates in (
       ("slstm", "bfloat16", "normal i=100 forget few=15"),
       ("slstm", "float32", "normal mixed=100 i=-100"),
-      ("lstm", "bfloat16", "mixed=100 f=-100"),
+      ("lstm", "bfloat16", "normal mixed=100 f=-100"),
       ("lstm", "float32", "normal"),
     )
   ),
@@ -145,8 +144,11 @@ def test_blocks_that_run_out_of_order_are_a_race(interpreted, monkeypatch):
     parallel = pltpu.CompilerParams(dimension_semantics=("parallel",) * 3)
     return found | {"compiler_params": parallel}
 
-  monkeypatch.setattr(kernels, "_options", unordered)
   name = interpreted("races", RACES)
+  monkeypatch.setattr(kernels, "_options", unordered)
+  # The cores have nothing but time to share.
+  together = SMALL._replace(H=2)
+  monkeypatch.setattr(blocks, "choose", lambda shapes, chip: together)
   with pytest.raises(jax.errors.JaxRuntimeError, match="RACE DETECTED"):
     contract.rounded_shares(
       "lstm", "normal", contract.TIME, dtype="float32", backend=name
@@ -180,22 +182,35 @@ def assert_alike(actual, expected):
 
 
 @pytest.mark.slow
-def test_under_shard_map(interpreted):
-  """As a mesh has it: rows on devices, matrices on all."""
+def test_on_a_mesh(interpreted):
+  """Rows on two devices, matrices on both, as mixers run the cells."""
   name = interpreted("exact", True)
-  mesh = jax.make_mesh(
-    (2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2]
-  )
-  rows, shared = PartitionSpec("data"), PartitionSpec()
-  on_mesh = jax.shard_map(
-    values_and_gradients("slstm", name),
-    mesh=mesh,
-    in_specs=(rows, shared, shared, rows, rows),
-    out_specs=(rows, rows, shared, shared),
-  )
-  args = example("slstm")
-  expected = values_and_gradients("slstm", "recurrent")
-  assert_alike(compiled.jit(on_mesh)(*args), compiled.jit(expected)(*args))
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:2])
+  x, R, b, segments, dy = example("slstm")
+  rows = ("batch", None, None, None, None)
+
+  def both(backend):
+    def cell(x, R, b, segments):
+      y, _ = slstm.slstm(x, R, b, segments_BT=segments, backend=backend)
+      return y
+
+    def y(x, R, b):
+      return sharding.on_mesh(
+        cell,
+        *(x, R, b, segments),
+        axes=(rows, (None,) * 4, (None,) * 3, rows[:2]),
+        out_axes=rows[:4],
+      )
+
+    found, back = jax.vjp(y, x, R, b)
+    return found, *back(dy)
+
+  with jax.set_mesh(mesh):
+    results = [
+      compiled.jit(functools.partial(both, backend))()
+      for backend in (name, "recurrent")
+    ]
+  assert_alike(*results)
 
 
 @pytest.mark.slow
@@ -292,7 +307,7 @@ def test_kernels_compile_for_tpus_without_one(chip):
   """compile_recurrence_tpu.py has more of them, and takes longer."""
   script = pathlib.Path(__file__).parent / "compile_recurrence_tpu.py"
   done = subprocess.run(
-    [sys.executable, script, chip, "192,8", "512,64,lstm", "1024,1"],
+    [sys.executable, script, chip, "192,8,mesh", "512,64,lstm", "1024,1"],
     env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
