@@ -290,23 +290,3 @@ def test_nothing_is_communicated_for_a_kernel(tmp_path):
   assert "mLSTM        pallas_gpu (kernel)" in out
   for kind, size in moved["pallas_gpu"].items():
     assert size <= 1.02 * moved["chunkwise"].get(kind, 0), kind
-
-
-@for_tpus
-def test_nothing_is_communicated_for_the_recurrent_kernels(tmp_path):
-  """On TPUs, where the small experiment's sLSTM has one."""
-  moved = {}
-  for backend in ("recurrent", "pallas_tpu"):
-    status, out, err, found = plan(
-      tmp_path,
-      SMALL,
-      "--topology=v5e:2x4",
-      "--config.batch_size=8",
-      "--config.mesh.fsdp=4",
-      "--config.mesh.tensor=2",
-      f"--config.compute.slstm_backend={backend}",
-    )
-    assert status == 0, err
-    moved[backend] = {k: t["bytes"] for k, t in found["collectives"].items()}
-  assert "sLSTM        pallas_tpu (kernel)" in out
-  assert moved["pallas_tpu"] == moved["recurrent"]
