@@ -29,25 +29,18 @@ from xlstm_jax.errors import UserError
 RUNS = {"slstm": slstm.slstm, "lstm": lstm.lstm}
 
 
-def step(cell, gates, units):
-  """The definition's step of units and rows."""
-  raw_UGHN = jnp.stack(gates, 1)[:, :, None]
-  units = cell(raw_UGHN, tuple(x[:, None] for x in units))
-  return tuple(x[:, 0] for x in units)
-
-
 def slstm_in_two_numbers(gates, memories):
   """The definition with r = c / n and l = log n + m for its state."""
   r, l = memories
   # Any n says the same.
   n = jnp.where(l <= pointwise.NOTHING / 2, 0, 2.0)
   m = jnp.where(n == 0, 0, l - jnp.log(2.0))
-  y, c, n, m = step(slstm_cell, gates, (0 * r, r * n, n, m))
+  y, c, n, m = slstm_cell(gates, (0 * r, r * n, n, m))
   return y, (c / n, jnp.log(n) + m)
 
 
 def lstm_as_it_is(gates, memories):
-  y, c = step(lstm_cell, gates, (0 * memories[0], *memories))
+  y, c = lstm_cell(gates, (0 * memories[0], *memories))
   return y, (c,)
 
 
@@ -194,7 +187,11 @@ def run(script: pathlib.Path, options: str, environment: dict[str, str]):
   return subprocess.run(
     [sys.executable, script, *options.split()],
     env=os.environ
-    | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    | {
+      "PYTHONPATH": os.pathsep.join(map(str, paths)),
+      # What is compiled for described devices can be kept but not loaded.
+      "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
     | environment,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,

@@ -208,10 +208,13 @@ def moved(cell: str, gate: str, time: int, dtype: str, form: Form):
   return [run(cell, "textbook", other(), "float64", form) for _ in range(4)]
 
 
-def float64_shares(cell: str, gate: str, time: int) -> dict[str, float]:
+def float64_shares(
+  cell: str, gate: str, time: int, *, form: Form = NATIVE
+) -> dict[str, float]:
   """The error of every result as a share of 1e-10 of its norm."""
-  expected = truth(cell, gate, time)
-  results = run(cell, "ours", case(cell, gate, time), "float64")
+  like = form._replace(backend=NATIVE.backend)
+  expected = truth(cell, gate, time, like)
+  results = run(cell, "ours", case(cell, gate, time, like), "float64", form)
   return {
     name: mlstm_contract.relative(value, expected[name]) / 1e-10
     for name, value in results.items()
@@ -226,9 +229,10 @@ def rounded_shares(
   That is twice the sum of what the textbook loses and of what an ulp in the
   inputs changes.
   """
-  c, expected = case(cell, gate, time, form), truth(cell, gate, time, form)
-  native = run(cell, "textbook", c, dtype, form)
-  others = moved(cell, gate, time, dtype, form)
+  like = form._replace(backend=NATIVE.backend)
+  c, expected = case(cell, gate, time, like), truth(cell, gate, time, like)
+  native = run(cell, "textbook", c, dtype, like)
+  others = moved(cell, gate, time, dtype, like)
   return {
     name: excess(
       value,

@@ -8,7 +8,7 @@ rest. With G gates, the output y, and a D by D matrix R per gate and head,
 and the cell maps raw_t and the state, unit by unit, to the next state.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -21,10 +21,12 @@ from xlstm_jax.cells.documents import Documents, documents
 from xlstm_jax.cells.precision import accumulator, product
 from xlstm_jax.cells.varying import alike
 
-# The arrays of a state without its segment, y first. All zeros is the past of a
-# document's first token.
-Units = tuple[Float[Array, "B H D"], ...]
-Cell = Callable[[Float[Array, "B G H D"], Units], Units]
+# The numbers of a state without its segment, y first: zeros are the past of
+# a document's first token. A cell works on units of any shape.
+Units = tuple[Float[Array, "*units"], ...]
+# raw of every gate: a sequence, or an array with the gates in front.
+Gates = Iterable[Float[Array, "*units"]]
+Cell = Callable[[Gates, Units], Units]
 
 
 class Shapes(NamedTuple):
@@ -125,7 +127,7 @@ def _fresh(start, units):
 
 
 def _next(cell: Cell, raw, real, units: Units) -> Units:
-  after = cell(raw, units)
+  after = cell(jnp.moveaxis(raw, 1, 0), units)
   return jax.tree.map(partial(jnp.where, real), after, units)
 
 

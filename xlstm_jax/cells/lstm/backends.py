@@ -9,6 +9,7 @@ from xlstm_jax.cells.backends import Backend, Registry
 from xlstm_jax.cells.lstm.recurrent import State, cell, empty_state
 from xlstm_jax.cells.precision import accumulator
 from xlstm_jax.cells.recurrence_gpu import backend as recurrence_gpu
+from xlstm_jax.cells.recurrence_tpu.backend import tpu_row
 
 # Every form takes what `recurrence.run` passes on. A new one, in a file or a
 # folder beside this one, has a row here.
@@ -24,6 +25,7 @@ BACKENDS = Registry(
       why_not_auto=recurrence_gpu.why_not_auto,
       platform="gpu",
     ),
+    tpu_row(cell),
     Backend("recurrent", partial(recurrence.scan, cell)),
   ),
 )

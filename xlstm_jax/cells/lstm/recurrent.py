@@ -25,9 +25,7 @@ def empty_state(
   return State(zeros, zeros, jnp.zeros(batch, jnp.int32))
 
 
-def cell(
-  raw_BGHD: Float[Array, "B G H D"], units: recurrence.Units
-) -> recurrence.Units:
+def cell(raw: recurrence.Gates, units: recurrence.Units) -> recurrence.Units:
   """One step of every unit.
 
   Gates are in the order i, f, z, o, and raw_t = x_t + y_{t-1} R + b. For every
@@ -38,7 +36,7 @@ def cell(
 
   Where a document starts, y = c = 0. With a single head this is the usual LSTM.
   """
-  i, f, z, o = jnp.moveaxis(raw_BGHD, 1, 0)
+  i, f, z, o = raw
   _, c = units
   c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(z)
   return jax.nn.sigmoid(o) * jnp.tanh(c), c

@@ -8,6 +8,7 @@ from xlstm_jax.cells import recurrence
 from xlstm_jax.cells.backends import Backend, Registry
 from xlstm_jax.cells.precision import accumulator
 from xlstm_jax.cells.recurrence_gpu import backend as recurrence_gpu
+from xlstm_jax.cells.recurrence_tpu.backend import tpu_row
 from xlstm_jax.cells.slstm.recurrent import State, cell, empty_state
 
 # Every form takes what `recurrence.run` passes on. A new one, in a file or a
@@ -24,6 +25,7 @@ BACKENDS = Registry(
       why_not_auto=recurrence_gpu.why_not_auto,
       platform="gpu",
     ),
+    tpu_row(cell),
     Backend("recurrent", partial(recurrence.scan, cell)),
   ),
 )

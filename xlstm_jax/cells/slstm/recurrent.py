@@ -30,9 +30,7 @@ def empty_state(
   return State(zeros, zeros, zeros, zeros, jnp.zeros(batch, jnp.int32))
 
 
-def cell(
-  raw_BGHD: Float[Array, "B G H D"], units: recurrence.Units
-) -> recurrence.Units:
+def cell(raw: recurrence.Gates, units: recurrence.Units) -> recurrence.Units:
   """One step of every unit.
 
   Gates are in the order i, f, z, o, and raw_t = x_t + y_{t-1} R + b. For every
@@ -52,7 +50,7 @@ def cell(
   and n' likewise (Beck et al., xLSTM: Extended Long Short-Term Memory, 2024,
   eq. 8-17). y does not depend on m, and the gradient is taken through m.
   """
-  i, f, z, o = jnp.moveaxis(raw_BGHD, 1, 0)
+  i, f, z, o = raw
   _, c, n, m = units
   # A unit that holds nothing (n = 0) has no scale; its first input sets one.
   carried = jnp.where(n == 0, -jnp.inf, jax.nn.log_sigmoid(f) + m)

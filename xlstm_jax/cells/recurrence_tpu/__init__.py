@@ -1,0 +1,1 @@
+"""The sLSTM and the LSTM on TPUs."""
