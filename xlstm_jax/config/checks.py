@@ -14,6 +14,7 @@ from xlstm_jax.data.format import Manifest
 from xlstm_jax.errors import UserError
 from xlstm_jax.models.config import ModelConfig
 from xlstm_jax.models.kinds import KINDS, has_memory
+from xlstm_jax.optim import OPTIMIZERS
 from xlstm_jax.ranges import range_of
 
 
@@ -91,6 +92,11 @@ def _field_problems(section: Any, prefix: str) -> Iterator[str]:
 
 def _optim_problems(cfg: RunConfig) -> Iterator[str]:
   optim = cfg.optim
+  if optim.name not in OPTIMIZERS:
+    yield (
+      f"config.optim.name is {optim.name!r}; it must be one of "
+      f"{', '.join(map(repr, OPTIMIZERS))}."
+    )
   limits = {
     "peak_lr": (optim.peak_lr > 0, "above 0"),
     "final_fraction": (0 < optim.final_fraction <= 1, "above 0, at most 1"),

@@ -44,7 +44,7 @@ class Plan:
     flops_per_token: of the model, forward and backward, without recomputation.
     seconds_at_peak: of a step, if all devices did those FLOPs at their peak.
     parameter_bytes: stored parameters.
-    optimizer_bytes: stored moments.
+    optimizer_bytes: what the optimizer keeps.
     batch_bytes: input.
     temporary_bytes: gradients, activations and whatever else lives only in
       the step; None where the compiler gave up.
@@ -97,7 +97,7 @@ def plan(cfg: RunConfig, machine: Machine) -> Plan:
   config.validate(cfg, None, len(machine.devices))
   definition = Definition(cfg.model, cfg.compute)
   mesh = sharding.make_mesh(cfg.mesh, machine.devices)
-  state = states.abstract(definition, mesh)
+  state = states.abstract(definition, mesh, cfg.optim)
   batch = steps.abstract_batch(cfg, mesh)
   tokens = cfg.batch_size * cfg.data.context
   flops = counts.train_flops_per_token(cfg.model, cfg.data.context)
@@ -134,7 +134,7 @@ def plan(cfg: RunConfig, machine: Machine) -> Plan:
       else flops * tokens / peak_flops / len(machine.devices)
     ),
     parameter_bytes=bytes_per_device(state.params),
-    optimizer_bytes=bytes_per_device(state.moments),
+    optimizer_bytes=bytes_per_device(state.optimizer),
     batch_bytes=bytes_per_device(batch),
     memory=machine.memory,
     device_memory=machine.device_memory,
