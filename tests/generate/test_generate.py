@@ -92,7 +92,7 @@ def greedy_by_full_passes(prompts, kind, max_tokens):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_greedy_equals_the_full_forward_pass(monkeypatch, kind):
-  monkeypatch.setattr(generate_command, "PIECE", 16)
+  monkeypatch.setattr(stream, "PIECE", 16)
   expected = greedy_by_full_passes(PROMPTS, kind, 12)
   assert run(PROMPTS, kind=kind) == expected
   # Otherwise this would compare little.
@@ -101,7 +101,7 @@ def test_greedy_equals_the_full_forward_pass(monkeypatch, kind):
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=3)])
 def test_rows_are_independent(monkeypatch, sampling):
-  monkeypatch.setattr(generate_command, "PIECE", 16)
+  monkeypatch.setattr(stream, "PIECE", 16)
   together = run(PROMPTS, sampling=sampling)
   others = [[5, 5], [], [4] * 40, [0], [1, 2, 3]]
   for row, prompt in enumerate(PROMPTS):
@@ -131,7 +131,7 @@ def test_a_text_ends_before_the_end_of_text_or_at_the_limit():
 def test_blocks_of_steps_are_not_seen(monkeypatch):
   sampling = Sampling(seed=1)
   whole = run(SHORT, max_tokens=40, sampling=sampling)
-  monkeypatch.setattr(generate_command, "BLOCK", 7)
+  monkeypatch.setattr(stream, "BLOCK", 7)
   assert run(SHORT, max_tokens=40, sampling=sampling) == whole
 
 
@@ -311,7 +311,7 @@ def test_the_text_begins_once_all_is_compiled(run_of_bytes, monkeypatch):
       events.append((fun_name, seconds))
 
   # No other test has programs of these shapes.
-  monkeypatch.setattr(generate_command, "BLOCK", 20)
+  monkeypatch.setattr(stream, "BLOCK", 20)
   jax.monitoring.register_event_duration_secs_listener(compiled)
   try:
     code = command(
