@@ -15,6 +15,8 @@ from tensorboardX.proto import event_pb2, summary_pb2
 from xlstm_jax.errors import UserError
 
 Record = Mapping[str, float]
+# So begin the names of what evaluators found.
+EVALUATED = "eval_"
 # Generated modules define their messages when they are imported.
 Event: Any = getattr(event_pb2, "Event")  # noqa: B009
 SessionLog: Any = getattr(event_pb2, "SessionLog")  # noqa: B009
@@ -99,7 +101,8 @@ class Log:
   Args:
     workdir: of the run.
     step: the step the run continues from.
-    without: drops the records of this step too that hold this metric.
+    without: drops the records of this step too that hold a metric whose name
+      begins like this.
 
   Raises:
     UserError: the workdir cannot be written to, which the methods raise too,
@@ -226,6 +229,11 @@ def trajectory(workdir: epath.PathLike) -> list[dict[str, Any]]:
   return [record for record in records if record.keys() != {"step"}]
 
 
+def holds(record: Record, beginning: str) -> bool:
+  """Whether a record has a metric whose name begins like this."""
+  return any(name.startswith(beginning) for name in record)
+
+
 def _drop_after(path: epath.Path, step: int, without: str | None) -> None:
   if not path.exists():
     return
@@ -233,7 +241,7 @@ def _drop_after(path: epath.Path, step: int, without: str | None) -> None:
   for line, record in _records(path):
     if record["step"] > step:
       break
-    if record["step"] < step or without not in record:
+    if record["step"] < step or without is None or not holds(record, without):
       kept.append(line + b"\n")
   temporary = path.parent / f".{path.name}.tmp"
   temporary.write_bytes(b"".join(kept))

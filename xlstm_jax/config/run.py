@@ -4,6 +4,7 @@ import dataclasses
 
 from xlstm_jax.checkpoints import CheckpointConfig
 from xlstm_jax.data.pipeline import DataConfig
+from xlstm_jax.evaluators.table import EvaluatorsConfig
 from xlstm_jax.layers.compute import Compute
 from xlstm_jax.models.config import ModelConfig
 from xlstm_jax.optim import OptimConfig
@@ -71,6 +72,7 @@ class RunConfig:
     mesh: on which arrangement of devices.
     compute: in which precision, and what is recomputed.
     checkpoint: which checkpoints are kept.
+    evaluators: what evaluates it.
     health: what is a sick run, and how often it may go back.
     limits: how long it may take for what.
     steps: of the optimizer; also the length of the schedule.
@@ -79,9 +81,10 @@ class RunConfig:
       the other; changes nothing but memory.
     seed: of the initial parameters and of dropout.
     log_every: steps between records of the metrics.
-    eval_every: steps between held-out evaluations; None for none. The last
-      step is then evaluated too.
-    eval_tokens: tokens of an evaluation at most; None for the whole split.
+    eval_every: steps between evaluations; None for none. The last step is then
+      evaluated too.
+    eval_tokens: held-out tokens of an evaluation at most; None for the whole
+      split.
     diagnose_every: steps between records of what rules the mLSTMs' memories;
       None for none. The last step is then recorded too.
     save_every: steps between checkpoints; the last step is always saved.
@@ -100,6 +103,7 @@ class RunConfig:
   mesh: MeshConfig = MeshConfig()
   compute: Compute = Compute()
   checkpoint: CheckpointConfig = CheckpointConfig()
+  evaluators: EvaluatorsConfig = EvaluatorsConfig()
   health: HealthConfig = HealthConfig()
   limits: LimitsConfig = LimitsConfig()
   steps: int = 1000

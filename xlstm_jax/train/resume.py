@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 
 from xlstm_jax import config, metrics
-from xlstm_jax.checkpoints import EVAL_LOSS, Checkpoints
+from xlstm_jax.checkpoints import Checkpoints
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data import tokenizer
 from xlstm_jax.data.pipeline import DataConfig, mixing_pattern
@@ -208,7 +208,7 @@ def is_finished(
     return False
   if progress(checkpoints, step)["owes_evaluation"]:
     records = [r for r in metrics.read(workdir) if r["step"] == step]
-    if not any(EVAL_LOSS in record for record in records):
+    if not any(metrics.holds(record, metrics.EVALUATED) for record in records):
       return False
   say(f"The run in {workdir} is finished: {step} of {cfg.steps} steps.")
   return True
