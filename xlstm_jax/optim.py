@@ -34,8 +34,8 @@ class OptimConfig:
     b1: What is left of AdamW's first moment after a step.
     b2: What is left of AdamW's second moment after a step.
     eps: Added to the root of AdamW's second moment.
-    weight_decay: Share of the learning rate by which parameters shrink at each
-      step (decoupled decay); see `decays` for which do.
+    weight_decay: A step shrinks parameters by this share times the learning
+      rate (decoupled decay): the matrices, see `decays`.
     clip_norm: gradients with a larger global norm are scaled down to it; None
       for never.
     decay_embedding: whether the token embedding decays too.
