@@ -88,8 +88,8 @@ def test_json_without_a_character_is_lines_and_no_text(name: str, data: bytes):
   ],
 )
 def test_a_json_file_that_is_one_value_is_no_text(data: bytes, advice: str):
-  lines, problem = recognize("a.json", data)
-  assert not lines
+  found, problem = recognize("a.json", data)
+  assert found is TEXT
   assert re.search(advice, str(problem))
 
 

@@ -40,15 +40,14 @@ def recognize(
   if named:
     suffix = next(s for s in named.suffixes if lower.endswith(s))
     stem = lower.removesuffix(suffix)
-  if found := table.by_name(stem):
-    return Content(found)
   lines = stem.endswith(JSON_LINES.suffixes)
   json = stem.endswith(".json")
   named_format = JSON_LINES if lines else TEXT
-  if again := packings.of(head):
+  found = table.by_name(stem)
+  if found is None and (again := packings.of(head)):
     problem = f"packed twice: unpack it once, with {again.command}"
     return Content(named_format, problem)
-  if found := table.by_content(head):
+  if found := found or table.by_content(head):
     if found.reader is None:
       return Content(named_format, f"{found.name}: {found.advice}")
     return Content(found)

@@ -144,7 +144,8 @@ def content_crc(
   for number, one in enumerate(inputs[: place.file + 1]):
     stop = place if number == place.file else None
     with _opened(one) as (file, content):
-      if (stop and stop.offset == 0) or content.problem:
+      at_start = stop is not None and not (stop.offset or stop.line)
+      if at_start or content.problem:
         continue
       crc = _reader(content).checksum(
         file,

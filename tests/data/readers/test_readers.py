@@ -24,6 +24,7 @@ from xlstm_jax.data.readers.reader import (
   Place,
   Reader,
   Unit,
+  crc_of_bytes,
 )
 from xlstm_jax.data.readers.table import Format
 from xlstm_jax.data.tokenizer import ByteTokenizer
@@ -73,6 +74,18 @@ class Toy(Reader):
       [Document(b"", unit.source, unit.file, 0, one[:-1]) for one in parts],
       [],
     )
+
+  def checksum(
+    self,
+    file: OpenFile,
+    start: Place,
+    stop: Place | None,
+    *,
+    unit_bytes: int,
+    max_document_bytes: int,
+  ) -> int:
+    del max_document_bytes
+    return crc_of_bytes(file, start, stop, part_bytes=unit_bytes)
 
 
 @pytest.fixture(autouse=True)
@@ -214,6 +227,15 @@ def test_ids_and_texts_of_one_task_keep_their_order():
   assert part.tokens.tolist() == expected
   assert part.lengths.tolist() == part.sizes.tolist() == [3, 3, 5]
   assert part.sources.tolist() == [0, 1, 0]
+
+
+def test_a_format_that_only_its_suffix_tells_may_have_no_reader(
+  tmp_path, monkeypatch
+):
+  row = Format("a toy", suffixes=(".toy",), advice="throw it away")
+  monkeypatch.setattr(table, "FORMATS", [row])
+  (unit,) = read(toy_file(tmp_path / "a.toy"))
+  assert unit.problem == "a toy: throw it away"
 
 
 def test_ids_train_no_tokenizer(tmp_path):

@@ -14,6 +14,7 @@ from xlstm_jax.data.readers.reader import (
   Problem,
   Reader,
   Unit,
+  crc_of_bytes,
   too_long,
 )
 
@@ -98,12 +99,7 @@ class Lines(Reader):
   ) -> int:
     """By bytes, for a reading that went on cut other units."""
     del max_document_bytes
-    crc, left = start.crc, None if stop is None else stop.offset
-    for data in file.parts(0, unit_bytes):
-      part = data[:left]
-      crc = zlib.crc32(part, crc)
-      left = None if left is None else left - len(part)
-    return crc
+    return crc_of_bytes(file, start, stop, part_bytes=unit_bytes)
 
 
 def _after(place: Place, data: bytes) -> Place:

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import itertools
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -185,8 +186,9 @@ class Reader(abc.ABC):
   ) -> int:
     """The CRC32 that a reading from `start` has at `stop`, or at the end.
 
-    This one is of readers whose units have the same ends whenever they are
-    listed.
+    This one is of readers whose units have the same ends from wherever and with
+    whatever `unit_bytes` they are listed, such as row groups; `crc_of_bytes` is
+    of those that count bytes.
     """
     crc = start.crc
     for unit in self.units(
@@ -199,6 +201,18 @@ class Reader(abc.ABC):
       if stop is not None and unit.end[:3] == stop[:3]:
         break
     return crc
+
+
+def crc_of_bytes(
+  file: OpenFile, start: Place, stop: Place | None, *, part_bytes: int
+) -> int:
+  """The CRC32 at `stop` where offsets count unpacked bytes, and units all."""
+  crc, left = start.crc, None if stop is None else stop.offset
+  for data in file.parts(0, part_bytes):
+    part = data[:left]
+    crc = zlib.crc32(part, crc)
+    left = None if left is None else left - len(part)
+  return crc
 
 
 def too_long(max_document_bytes: int) -> str:
