@@ -58,7 +58,9 @@ TOY = '''\
 
   python -m xlstm_jax.train --config=experiments/toy.py --workdir=runs/toy
 
-Machine: one H200 (h200:1). Cost: a minute (computed). Expected: unknown.
+Machine: one H200 (h200:1)
+Cost: a minute (computed)
+Expected: unknown
 """
 
 from xlstm_jax.config import RunConfig, to_config_dict
