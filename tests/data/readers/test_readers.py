@@ -159,7 +159,8 @@ def test_reading_goes_on_from_the_end_of_every_unit(tmp_path):
   whole = read(path)
   assert len(whole) > 5
   found = [documents.parse(u, max_document_bytes=999).documents for u in whole]
-  texts = [bytes(d.tokens.tolist()).decode() for part in found for d in part]
+  ids = [np.asarray(d.tokens) for part in found for d in part]
+  texts = [bytes(one.tolist()).decode() for one in ids]
   assert texts == TEXTS
   inputs = documents.find([str(path)]).files
   for number, unit in enumerate(whole):
