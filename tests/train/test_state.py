@@ -1,6 +1,5 @@
 """Where a state lies, and that it returns from its items."""
 
-
 import jax
 import numpy as np
 from fake_model import FakeDefinition

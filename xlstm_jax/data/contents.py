@@ -12,7 +12,7 @@ from xlstm_jax.data import json_lines, packings
 from xlstm_jax.data.readers import table
 from xlstm_jax.data.readers.table import JSON_LINES, TEXT, Format
 
-# The bytes that decide, after unpacking.
+# Number of bytes that decide, after unpacking.
 HEAD_BYTES = 2**20
 
 
@@ -29,10 +29,10 @@ def recognize(
   """What a file holds.
 
   Args:
-    name: of the file.
-    packing: by its first bytes.
+    name: the file's name.
+    packing: the file's packing, by its first bytes.
     head: the first `HEAD_BYTES` after unpacking.
-    whole: whether that is all of it.
+    whole: whether `head` is the whole file.
   """
   lower = name.lower()
   named = packings.of_name(lower)
@@ -65,7 +65,7 @@ def recognize(
 
 
 def _is_text(head: bytes) -> bool:
-  # Incremental: the head may end inside a character.
+  # An incremental decoder, because the head may end inside a character.
   try:
     text = codecs.getincrementaldecoder("utf-8")().decode(head)
   except UnicodeDecodeError:
@@ -74,7 +74,7 @@ def _is_text(head: bytes) -> bool:
 
 
 def _of_json(text: str, packing: packings.Packing | None) -> Content:
-  """What a .json file holds that does not begin as JSON lines do."""
+  """What a .json file holds that does not begin like JSON lines."""
   first = text.lstrip("\ufeff \t\r\n")[:1]
   if not first:
     return Content(JSON_LINES)

@@ -1,9 +1,9 @@
-"""Reading documents from files and folders, packed or not.
+"""Reads documents from files and folders, packed or not.
 
-What a file is read as, its content decides (`contents`), and a reader of that
-format (`readers`) lists it as units of bounded size, each with the place after
-it, so that reading can stop anywhere and go on from there. Units are cut into
-documents by `parse`, which other processes may run.
+A file's content decides how it is read (`contents`). A reader of that format
+(`readers`) yields units of bounded size, each with the place where it ends, so
+reading can stop after any unit and continue there. `parse` cuts units into
+documents; other processes may run it.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ from xlstm_jax.data.readers.table import JSON_LINES, TEXT
 from xlstm_jax.errors import UserError
 
 DEFAULT_SOURCE = "default"
-# Of the rules by which inputs are read. By the first, names alone decided.
+# Version of the rules by which inputs are read. In version 1 names decided.
 RULES = 2
 
 _CRC_BYTES = 2**22
 _MAGIC_BYTES = 16
-# What the first rules read as JSON lines; all else was one text.
+# What version 1 of the rules read as JSON lines; all else was one text.
 _LINES_BEFORE = tuple(
   f"{suffix}{packed}"
   for suffix in (".jsonl", ".ndjson")
@@ -43,7 +43,7 @@ _LINES_BEFORE = tuple(
 
 
 class Inputs(NamedTuple):
-  """The files to read, in order, and how many others were passed over."""
+  """The files to read, in order, and how many others were skipped."""
 
   files: list[Input]
   hidden: int
@@ -53,11 +53,11 @@ class Inputs(NamedTuple):
 def find(arguments: Sequence[str]) -> Inputs:
   """The files that `PATH` or `SOURCE=PATH` arguments name, folders sorted.
 
-  Hidden entries and symbolic links inside folders are passed over and counted.
+  Hidden entries and symbolic links inside folders are skipped and counted.
 
   Raises:
-    UserError: a path does not exist, is neither a file nor a folder, is given
-      twice, or no file is found.
+    UserError: a path does not exist, is neither a file nor a folder, or is
+      given twice; or no file is found.
   """
   found = Inputs([], 0, 0)
   for number, argument in enumerate(arguments):
@@ -69,7 +69,7 @@ def find(arguments: Sequence[str]) -> Inputs:
       found.files.append(_input(number, source, path, name))
   if not found.files:
     raise UserError(
-      f"There is no file to read in {', '.join(arguments)} (passed over: "
+      f"There is no file to read in {', '.join(arguments)} (skipped: "
       f"{found.hidden} hidden, {found.links} symbolic links)."
     )
   _refuse_duplicates(found.files)
@@ -139,7 +139,7 @@ def _reader(content: contents.Content) -> Reader:
 def content_crc(
   inputs: Sequence[Input], place: Place, *, max_document_bytes: int
 ) -> int:
-  """The CRC32 that a reader has at `place`, from reading all again."""
+  """The CRC32 that a reader has at `place`, computed by reading all again."""
   crc = 0
   for number, one in enumerate(inputs[: place.file + 1]):
     stop = place if number == place.file else None
@@ -158,7 +158,7 @@ def content_crc(
 
 
 def read_otherwise(inputs: Sequence[Input]) -> Input | None:
-  """The first input that the rules before `RULES` read in another way."""
+  """The first input that version 1 of the rules read in another way."""
   for one in inputs:
     lower = one.path.lower()
     lines = lower.endswith(_LINES_BEFORE)
@@ -182,8 +182,8 @@ def split_argument(argument: str) -> tuple[str, str]:
   """The source and the path of `PATH` or `SOURCE=PATH`.
 
   Raises:
-    UserError: there is nothing at the path, or it is none; the source has no
-      name that can be printed.
+    UserError: the path is invalid or nothing is there, or the source's name
+      cannot be printed.
   """
   name, separator, path = argument.partition("=")
   whole = paths.reachable(argument)
@@ -272,7 +272,7 @@ def _opened(one: Input) -> Iterator[tuple[OpenFile, contents.Content]]:
 
 
 def _head(parts: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
-  """At least `HEAD_BYTES` of a stream, if it has them, and what follows."""
+  """At least `HEAD_BYTES` of a stream, if it has that many, and the rest."""
   held, size = [], 0
   try:
     while (

@@ -20,16 +20,16 @@ from xlstm_jax.optim import OptimConfig
 class TrainState:
   """Parameters, the optimizer's state, and how far the run is.
 
-  Leaves are arrays, or what stands for them (shapes, shardings).
+  Leaves are arrays, or their shapes or shardings.
 
   Attributes:
-    params: the model's.
-    optimizer: what the optimizer of the run keeps, a tree of its own making.
-    step: steps made.
-    position: number of the next batch: the steps made, and the batches that
-      were left out.
-    skipped: steps that changed neither parameters nor optimizer, because the
-      loss or the gradient was not finite.
+    params: The model's parameters.
+    optimizer: What the optimizer of the run keeps, a tree of its own making.
+    step: Number of steps made.
+    position: Number of the next batch, which counts the steps made and the
+      batches left out.
+    skipped: Number of steps that changed neither parameters nor optimizer,
+      because the loss or the gradient was not finite.
   """
 
   params: Params

@@ -114,11 +114,11 @@ def _after(place: Place, data: bytes) -> Place:
 def _decoded_lines(
   data: bytes, max_document_bytes: int
 ) -> Iterator[str | ValueError]:
-  """The lines as `json_lines` wants them; one that is too long as an error."""
+  """The lines, decoded for `json_lines`; one that is too long is an error."""
   data = data.removesuffix(b"\n")
   if len(data) <= max_document_bytes:
     with contextlib.suppress(UnicodeDecodeError):
-      # Not splitlines: JSON strings may hold the other line separators.
+      # splitlines would also cut at other separators, which JSON strings hold.
       return iter(data.decode().split("\n"))
   return (_decoded(line, max_document_bytes) for line in data.split(b"\n"))
 

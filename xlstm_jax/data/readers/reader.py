@@ -31,7 +31,7 @@ class Place(NamedTuple):
   """How far the inputs were read.
 
   Within a file, `offset` and `line` are the reader's own: of JSON lines,
-  decompressed bytes and lines. Both are 0 at its beginning and never both 0
+  unpacked bytes and lines. Both are 0 at its beginning and never both 0
   after a unit. `crc` is the CRC32 of all content so far.
   """
 
@@ -51,7 +51,7 @@ class Unit(NamedTuple):
     line: The first line, counted from 1; 0 where there are no lines.
     source: Of documents that name none.
     end: The place after the unit, from which reading can go on.
-    raw: Bytes of the file that were read up to there.
+    raw: Number of bytes of the file that were read up to there.
     reader: Cuts it into documents.
     problem: Why the content is left out, if it is.
   """
@@ -67,7 +67,7 @@ class Unit(NamedTuple):
 
 
 class Document(NamedTuple):
-  """One document, and where it came from.
+  """One document, and where it comes from.
 
   Attributes:
     text: UTF-8; empty where there are tokens.
@@ -94,12 +94,12 @@ class Problem(NamedTuple):
 
   @property
   def harmless(self) -> bool:
-    """Whether nothing was lost: an empty file has no text to lose."""
+    """Whether nothing was lost, as an empty file has no text to lose."""
     return self.reason == EMPTY_FILE
 
 
 class Parsed(NamedTuple):
-  """What a unit held; `empty` counts the lines that hold no text to lose."""
+  """The content of a unit; `empty` counts the lines that have no text."""
 
   documents: list[Document]
   problems: list[Problem]
@@ -127,10 +127,12 @@ class OpenFile:
   rest: Iterator[bytes]
 
   def parts(self, offset: int, size: int) -> Iterator[bytes]:
-    """The unpacked content from `offset` on, in parts of `size`; once.
+    """The unpacked content from `offset` on, in parts of `size`.
+
+    It can be read only once.
 
     Raises:
-      packings.UnreadableError: it cannot be unpacked.
+      packings.UnreadableError: the file cannot be unpacked.
       UserError: the file has changed.
     """
     if self.packing is None and not self.whole:
@@ -221,7 +223,7 @@ def too_long(max_document_bytes: int) -> str:
 
 
 def _regrouped(parts: Iterable[bytes], size: int) -> Iterator[bytes]:
-  """The same bytes in parts of `size`, and a last one that may be empty."""
+  """The same bytes in parts of `size`, with a last part that may be empty."""
   held: list[bytes] = []
   count = 0
   for part in parts:

@@ -56,13 +56,13 @@ class Text(Reader):
 
 
 def _text(file: OpenFile, max_document_bytes: int) -> bytes | str:
-  """The content of a file, or why it is none."""
+  """The content of a file, or the reason why it cannot be read."""
   if file.packing is None and file.one.size > max_document_bytes:
     return too_long(max_document_bytes)
   most = file.one.size if file.packing is None else max_document_bytes
   parts, size = [], 0
   try:
-    # All at once, or more than there may be.
+    # In one part, or until there is more than allowed.
     for part in file.parts(0, most + 1):
       parts.append(part)
       size += len(part)
