@@ -20,8 +20,8 @@ n devices divide the accumulation by n, so that each device has as many rows at
 a time.
 
 Cost: computed, 1.64e20 training FLOPs (10.4 GFLOP a token, models.counts, and
-15.7B tokens). Measured on one H200 (jax 0.11.2), with four of the parts: [7:1]
-21,400 tokens/s or 204 H200-hours; [1:0] unknown.
+15.7B tokens). Measured on one H200 (jax 0.11.2), with four of the parts: 23,300
+tokens/s or 187 H200-hours, [7:1] 21,400 or 204.
 
 Expected, validation perplexity: after 15B tokens unknown; after 300B tokens
 8.89, [7:1] 9.00 (published). Measured: unknown.

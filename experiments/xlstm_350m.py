@@ -19,8 +19,8 @@ docs/plan.md). On n devices divide the accumulation by n, so that each device
 has as many rows at a time.
 
 Cost: computed, 4.39e19 training FLOPs (2.79 GFLOP a token, models.counts, and
-15.7B tokens). Measured on one H200 (jax 0.11.2), with four of the parts: [7:1]
-58,500 tokens/s or 75 H200-hours; [1:0] unknown.
+15.7B tokens). Measured on one H200 (jax 0.11.2), with four of the parts: 64,000
+tokens/s or 68 H200-hours, [7:1] 58,500 or 75.
 
 Expected, validation perplexity: after 15B tokens 13.43, [7:1] 13.48; after 300B
 tokens 11.31, [7:1] 11.37 (all published). Measured: unknown.

@@ -1,5 +1,6 @@
 """Saving, keeping, restoring on other meshes, and failing without loss."""
 
+import json
 import os
 import pathlib
 import re
@@ -122,7 +123,7 @@ def test_folders_of_any_name_hold_checkpoints(tmp_path, mesh, name):
 
 def test_a_folder_that_cannot_be_reached_is_refused(tmp_path, monkeypatch):
   (tmp_path / "file").write_text("")
-  with pytest.raises(UserError, match=r"file/c: Not a directory"):
+  with pytest.raises(UserError, match=r"file/c of .* written: Not a directory"):
     Checkpoints(tmp_path / "file" / "c", CheckpointConfig())
   monkeypatch.setattr(type(tmp_path), "exists", lambda _: False)
   monkeypatch.setattr(epath.Path, "exists", lambda _: False, raising=False)
@@ -447,12 +448,27 @@ def test_without_checksums_changed_values_are_read_as_they_are(tmp_path):
 
 @pytest.mark.parametrize(
   "text",
-  ["", "[]", "{", '{"a": 1}', '{"../a": [1, 2]}', '{"/a": [1, 2]}', "[" * 9999],
+  [
+    "",
+    "[]",
+    "{",
+    '{"a": 1}',
+    '{"a": [1, true]}',
+    '{"a": [1, 2, 3]}',
+    "[" * 9999,
+  ],
 )
 def test_damaged_checksums_are_damage(tmp_path, text):
   (tmp_path / checksums.FILE).write_text(text)
   folder = Checkpoints(tmp_path).directory
   assert checksums.problem(folder) == f"{checksums.FILE} cannot be read"
+
+
+@pytest.mark.parametrize("name", ["../a", "/a", "a/../../b", "\u001b[31m"])
+def test_checksums_of_files_elsewhere_are_damage(tmp_path, name):
+  (tmp_path / checksums.FILE).write_text(json.dumps({name: [1, 2]}))
+  problem = checksums.problem(Checkpoints(tmp_path).directory)
+  assert problem == f"{checksums.FILE} names files outside of the folder"
 
 
 @given(

@@ -9,8 +9,10 @@ PACKAGE = ROOT / "xlstm_jax"
 
 # Each line is a floor; what stands on one line does not know its neighbours.
 FLOORS = (
+  ("jax_internals",),
   ("machine",),
   ("errors",),
+  ("files",),
   ("sharding", "checksums", "paths", "ranges"),
   ("cells",),
   ("layers",),

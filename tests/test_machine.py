@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlstm_jax import machine
+from xlstm_jax import jax_internals, machine
 from xlstm_jax.errors import exit_code
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +82,7 @@ def test_a_plugin_that_does_not_load_is_named():
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch, capsys):
   """JAX has no words for it: it fails an assertion while it starts."""
-  starting = {"__name__": "jax._src.xla_bridge"}
+  starting = {"__name__": jax_internals.STARTS_BACKENDS}
   exec("def backends(): assert False", starting)
   monkeypatch.setenv("JAX_PLATFORMS", "cuda")
   monkeypatch.setattr(machine, "_platforms", lambda: ["cpu"])

@@ -30,15 +30,15 @@ from typing import Any
 
 import absl.logging
 import jax
+import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
-from jax._src import distributed
-from jax.experimental import multihost_utils
 
-from xlstm_jax import checksums
+from xlstm_jax import checksums, files, jax_internals
 from xlstm_jax.errors import UserError
+from xlstm_jax.ranges import ranged
 
 Tree = Any
 # The metric that is lowest in the best checkpoint.
@@ -64,11 +64,11 @@ class CheckpointConfig:
       step, before the run stops.
   """
 
-  keep_latest: int = 2
-  keep_best: int = 1
-  keep_every: int | None = None
-  keep_minutes: int | None = None
-  retries: int = 3
+  keep_latest: int = ranged(2, at_least=1)
+  keep_best: int = ranged(1, at_least=0)
+  keep_every: int | None = ranged(None, at_least=1)
+  keep_minutes: int | None = ranged(None, at_least=1)
+  retries: int = ranged(3, at_least=0)
 
 
 class SaveTimer:
@@ -129,7 +129,8 @@ class Checkpoints:
     self._cfg = cfg
     self._copies_gb = copies_gb
     if cfg is not None:
-      _create(self.directory)
+      with files.writing(f"The folder {directory} of the checkpoints"):
+        self.directory.mkdir(parents=True, exist_ok=True)
     self._root, descriptor = _plain_path(self.directory)
     if descriptor is not None:
       weakref.finalize(self, os.close, descriptor)
@@ -312,11 +313,8 @@ class Checkpoints:
     if not path.exists():
       return math.inf
     try:
-      return _loss(json.loads(path.read_bytes()))
-    except (
-      *(OSError, ValueError, TypeError, AttributeError),
-      *(RecursionError, OverflowError),
-    ) as error:
+      return _loss(files.read_json(path, dict[str, float], limit=2**20))
+    except UserError as error:
       raise UserError(
         f"The checkpoint of step {step} in {self.directory} is damaged: its "
         "metrics cannot be read. Choose another step by its number."
@@ -431,13 +429,12 @@ class _Barriers:
   others why it failed, and then comes to every barrier.
   """
 
-  _OF_WRITING = ("async_write_complete", "async_commit_complete")
   # All processes make the same saves.
   _numbers = itertools.count(1)
 
   def __init__(self):
     self._number = 0
-    self._reached = len(self._OF_WRITING)
+    self._reached = len(jax_internals.WRITING_BARRIERS)
     self._saver = threading.current_thread()
 
   def begin(self) -> None:
@@ -452,7 +449,7 @@ class _Barriers:
     Raises:
       OSError: writing failed in another process.
     """
-    if any(name in key for name in self._OF_WRITING):
+    if any(name in key for name in jax_internals.WRITING_BARRIERS):
       self._reach_next(timeout_ms)
       for _, reason in self._client.key_value_dir_get(f"{self._key}/failed/"):
         raise OSError(reason)
@@ -463,7 +460,7 @@ class _Barriers:
     self._client.wait_at_barrier(key, timeout_ms)
 
   def _stand_in_for_writing(self, timeout_ms: int) -> None:
-    if self._reached == len(self._OF_WRITING):
+    if self._reached == len(jax_internals.WRITING_BARRIERS):
       return
     # Orbax calls this in a `finally`.
     error = sys.exception()
@@ -471,7 +468,7 @@ class _Barriers:
       f"{self._key}/failed/{jax.process_index()}",
       _reason(error) if error else "for no reason given",
     )
-    while self._reached < len(self._OF_WRITING):
+    while self._reached < len(jax_internals.WRITING_BARRIERS):
       self._reach_next(timeout_ms)
 
   def _reach_next(self, timeout_ms: int) -> None:
@@ -484,8 +481,7 @@ class _Barriers:
 
   @property
   def _client(self) -> Any:
-    # Key-value store and barriers have no public name.
-    return distributed.global_state.client
+    return jax_internals.coordination_client()
 
 
 def _set_damaged_aside(
@@ -588,6 +584,12 @@ def _read_back(folder: epath.Path, name: str, expected: Any) -> None:
     raise _UnreadableError(f"{name} is not what was saved: {differences}")
 
 
+class _Grid(msgspec.Struct):
+  """Of Zarr's description of an array: the shape of its chunks."""
+
+  chunks: list[int]
+
+
 def _missing_values(
   folder: epath.Path, shapes: Mapping[str, tuple[int, ...]]
 ) -> str:
@@ -609,7 +611,7 @@ def _missing_values(
       return f"{path} is not listed"
     if isinstance(grid, str):
       grid = tensorstore.ocdbt.dump(store, node=grid).result()
-    lengths = json.loads(grid)["chunks"]
+    lengths = files.parse_json(grid, _Grid, folder / path).chunks
     count = math.prod(-(-n // k) for n, k in zip(shape, lengths, strict=True))
     if len(found) != count:
       return f"{path} has {len(found)} chunks, not {count}"
@@ -644,15 +646,6 @@ def _entries(store: Any) -> Iterator[tuple[str, str | bytes]]:
 
 class _UnreadableError(OSError):
   """A step was written but cannot be restored."""
-
-
-def _create(directory: epath.Path) -> None:
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(
-      f"The checkpoints cannot be written to {directory}: {error.strerror}."
-    ) from error
 
 
 def _plain_path(directory: epath.Path) -> tuple[epath.Path, int | None]:
@@ -704,10 +697,10 @@ def of_first_process(value: Any) -> Any:
   if jax.process_count() == 1:
     return value
   data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+  size = int(jax_internals.broadcast_from_first(np.int32(len(data))))
   first = jax.process_index() == 0
   data = data if first else np.zeros(size, np.uint8)
-  return json.loads(multihost_utils.broadcast_one_to_all(data).tobytes())
+  return json.loads(jax_internals.broadcast_from_first(data).tobytes())
 
 
 def quiet() -> None:

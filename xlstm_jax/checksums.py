@@ -4,18 +4,23 @@ TensorStore checks the structure of what it wrote, but not the values: it reads
 a flipped byte in an array's data as if nothing had happened.
 """
 
-import json
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent import futures
 
 from etils import epath
 
+from xlstm_jax import files
+from xlstm_jax.errors import UserError
+
 FILE = "checksums.json"
 # Files below this size are read even if only sizes are checked.
 _SMALL_BYTES = 2**16
 _PIECE_BYTES = 2**22
 _THREADS = 8
+_MAX_BYTES = 2**28
+# Size and checksum by name.
+_Entries = dict[str, tuple[int, int]]
 
 
 def write(folder: epath.Path, names: Iterable[str]) -> None:
@@ -29,7 +34,7 @@ def write(folder: epath.Path, names: Iterable[str]) -> None:
         strict=True,
       )
     )
-  (folder / FILE).write_text(json.dumps(entries, indent=1) + "\n")
+  files.write_json(folder / FILE, entries)
 
 
 def problem(
@@ -50,9 +55,11 @@ def problem(
   if not path.exists():
     return None
   try:
-    entries = _parse(path.read_bytes())
-  except (OSError, ValueError, RecursionError):
+    entries = files.read_json(path, _Entries, limit=_MAX_BYTES)
+  except UserError:
     return f"{FILE} cannot be read"
+  if not all(map(_is_inside, entries)):
+    return f"{FILE} names files outside of the folder"
   chosen = {
     name: size_and_crc
     for name, size_and_crc in entries.items()
@@ -66,24 +73,14 @@ def problem(
     return next(filter(None, found), None)
 
 
-def _parse(data: bytes) -> dict[str, list[int]]:
-  entries = json.loads(data)
-  if not isinstance(entries, dict):
-    raise ValueError("no table")
-  for name, numbers in entries.items():
-    if ".." in name.split("/") or name.startswith("/"):
-      raise ValueError("a file outside of the folder")
-    if not name.isprintable():
-      raise ValueError("a name that no terminal can show")
-    match numbers:
-      case [int(), int()]:
-        continue
-    raise ValueError("no size and checksum")
-  return entries
+def _is_inside(name: str) -> bool:
+  """Whether it is a name inside the folder, which a terminal can show."""
+  above = ".." in name.split("/") or name.startswith("/")
+  return name.isprintable() and not above
 
 
 def _file_problem(
-  folder: epath.Path, name: str, expected: list[int], *, contents: bool
+  folder: epath.Path, name: str, expected: tuple[int, int], *, contents: bool
 ) -> str | None:
   path = folder / name
   try:

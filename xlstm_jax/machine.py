@@ -9,13 +9,14 @@ import re
 import sys
 import traceback
 
-# How JAX's message begins if a platform is named that JAX does not have.
+from xlstm_jax import jax_internals
+
+# How JAX's message begins where a platform is named that it does not have.
 _NO_BACKEND = re.compile(r"(Unable to initialize|Unknown) backend")
 # Statuses of missing other processes, which are no fault of this machine.
 _OF_OTHERS = re.compile(
   r"\b(DEADLINE_EXCEEDED|UNAVAILABLE|ABORTED|CANCELLED)\b"
 )
-_STARTS_BACKENDS = "jax._src.xla_bridge"
 _MAX_REASON = 300
 
 
@@ -61,7 +62,7 @@ def _failed_to_start(error: BaseException) -> bool:
   # A plugin that cannot be loaded has its own message. If the platform is cuda
   # and there is no such device, JAX has no message and fails an assertion.
   return isinstance(error, RuntimeError | AssertionError) and any(
-    frame.f_globals.get("__name__") == _STARTS_BACKENDS
+    frame.f_globals.get("__name__") == jax_internals.STARTS_BACKENDS
     for frame, _ in traceback.walk_tb(error.__traceback__)
   )
 

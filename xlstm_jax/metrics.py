@@ -12,6 +12,7 @@ from etils import epath
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
+from xlstm_jax import files
 from xlstm_jax.errors import UserError
 
 Record = Mapping[str, float]
@@ -243,9 +244,7 @@ def _drop_after(path: epath.Path, step: int, without: str | None) -> None:
       break
     if record["step"] < step or without is None or not holds(record, without):
       kept.append(line + b"\n")
-  temporary = path.parent / f".{path.name}.tmp"
-  temporary.write_bytes(b"".join(kept))
-  temporary.replace(path)
+  files.write(path, b"".join(kept))
 
 
 def _records(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -256,11 +255,10 @@ def _records(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
   """
   lines = path.read_bytes().splitlines()
   for number, line in enumerate(lines, 1):
-    try:
-      record = json.loads(line)
-    except (ValueError, RecursionError):
-      record = None
-    if isinstance(record, dict) and type(record.get("step")) is int:
+    record = {}
+    with contextlib.suppress(UserError):
+      record = files.parse_json(line, dict[str, Any], path)
+    if type(record.get("step")) is int:
       yield line, record
     # A killed process leaves half a line.
     elif number < len(lines):

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from xlstm_jax.ranges import ranged
+
 Tree = Any
 
 
@@ -43,18 +45,18 @@ class OptimConfig:
   """
 
   name: str = "adamw"
-  peak_lr: float = 1e-3
+  peak_lr: float = ranged(1e-3, above=0)
   schedule: Literal["cosine", "exponential", "constant"] = "cosine"
-  warmup_steps: int = 0
-  final_fraction: float = 0.1
-  decay_steps: int | None = None
-  cooldown_steps: int = 0
-  b1: float = 0.9
-  b2: float = 0.95
-  eps: float = 1e-8
-  weight_decay: float = 0.1
+  warmup_steps: int = ranged(0, at_least=0)
+  final_fraction: float = ranged(0.1, above=0, at_most=1)
+  decay_steps: int | None = ranged(None, at_least=0)
+  cooldown_steps: int = ranged(0, at_least=0)
+  b1: float = ranged(0.9, at_least=0, below=1)
+  b2: float = ranged(0.95, at_least=0, below=1)
+  eps: float = ranged(1e-8, above=0)
+  weight_decay: float = ranged(0.1, at_least=0)
   decay_embedding: bool = False
-  clip_norm: float | None = 1.0
+  clip_norm: float | None = ranged(1.0, above=0)
 
 
 def learning_rate(

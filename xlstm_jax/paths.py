@@ -85,10 +85,12 @@ def new_file(path: str) -> str:
   path = reachable(path)
   if os.path.isdir(path) or path.endswith("/"):
     raise UserError(f"{path} is a folder; name a file to write.")
-  if not os.path.exists(path):
-    _require_writable(os.path.dirname(path) or ".")
-  elif not os.access(path, os.W_OK):
+  if os.path.exists(path) and not os.access(path, os.W_OK):
     raise UserError(f"{path} cannot be written; name another file.")
+  # A device is written to; a file is replaced by another one of its folder.
+  if os.path.isfile(path) or not os.path.exists(path):
+    file = os.path.realpath(path) if os.path.islink(path) else path
+    _require_writable(os.path.dirname(file) or ".")
   return path
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from xlstm_jax import jax_internals
 from xlstm_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "sequence")
@@ -115,9 +115,7 @@ def device_grid(cfg: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
   shape = mesh_shape(cfg, len(devices))
   if cfg.slices == 1:
     _refuse_several_slices(devices)
-    return mesh_utils.create_device_mesh(
-      shape, devices, allow_split_physical_axes=True
-    )
+    return jax_internals.device_mesh(shape, devices)
   spanned = 0 if shape[0] % cfg.slices == 0 else 1
   between = tuple(
     cfg.slices if axis == spanned else 1 for axis in range(len(AXES))
@@ -132,7 +130,7 @@ def device_grid(cfg: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
       f"are in {len(of_slice)} slices and {len(of_process)} processes: set it "
       "to the number of slices, or of nodes with one process each."
     )
-  return mesh_utils.create_hybrid_device_mesh(
+  return jax_internals.hybrid_device_mesh(
     within,
     between,
     devices,

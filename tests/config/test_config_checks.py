@@ -2,15 +2,16 @@
 
 import dataclasses
 import typing
+from collections.abc import Iterator
 
 import pytest
 
 from xlstm_jax import config
-from xlstm_jax.config import RunConfig, checks, conversion
-from xlstm_jax.data.format import Counts, Manifest, SplitManifest, TokenizerSpec
+from xlstm_jax.config import RunConfig, conversion
+from xlstm_jax.data.layout import Counts, Manifest, SplitManifest, TokenizerSpec
 from xlstm_jax.errors import UserError
-from xlstm_jax.models.config import ModelConfig
 from xlstm_jax.ranges import range_of
+from xlstm_jax.sharding import MeshConfig
 
 
 def manifest(train=100, heldout=100):
@@ -180,8 +181,11 @@ def test_there_may_be_no_data_yet():
       "make one a multiple of the other",
     ),
     ({"compute__dtype": "float64"}, "float64 needs .*JAX_ENABLE_X64"),
-    ({"seed": -1}, r"seed is -1; .* at least 0 and below 2\^63"),
-    ({"seed": 2**63}, r"seed is 9223372036854775808; .* below 2\^63"),
+    ({"seed": -1}, r"seed is -1; .* at least 0 and below 9223372036854775808"),
+    (
+      {"seed": 2**63},
+      r"seed is 9223372036854775808; .* below 9223372036854775808",
+    ),
     ({"compute__mlstm_chunk": 0}, "mlstm_chunk is 0; .* at least 1"),
     ({"model__mlstm__num_heads": 0}, r"mlstm\.num_heads is 0; .* 1"),
     # A mesh that splits heads divides by their number.
@@ -256,19 +260,36 @@ def test_all_mistakes_are_told_at_once():
   assert "config.model.vocab_size is 1" in str(error.value)
 
 
-def test_every_key_with_a_range_exists():
-  assert set(checks._AT_LEAST) <= set(conversion.keys(RunConfig))
+def test_other_mistakes_do_not_hide_those_of_the_mesh():
+  with pytest.raises(UserError) as error:
+    config.validate(cfg(optim__eps=0.0, steps=0, batch_size=7), manifest(), 8)
+  assert "config.optim.eps is 0.0; it must be above 0." in str(error.value)
+  assert "config.batch_size is 7" in str(error.value)
 
 
-def test_every_number_of_the_model_has_a_range():
-  # In ModelConfig itself, so that it holds for imported models too.
-  checked = {"vocab_size", "width", "num_blocks", "slstm_at"}
-  # Any number is a bias.
-  checked |= {"input_gate_bias"}
-  for cls in (ModelConfig, *map(type, vars(ModelConfig()).values())):
-    if not dataclasses.is_dataclass(cls):
-      continue
-    for field in dataclasses.fields(cls):
-      hint = conversion.hints(cls)[field.name]
-      if {int, float} & {*typing.get_args(hint), hint}:
-        assert field.name in checked or range_of(field), field
+def test_every_number_has_a_range():
+  checked = {
+    # In ModelConfig itself, so that it holds for imported models too.
+    *("model.vocab_size", "model.width", "model.num_blocks", "model.slstm_at"),
+    # With the number of devices.
+    *(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)),
+    # Any number is a seed of the shuffling, or a bias.
+    *("data.seed", "model.mlstm.input_gate_bias"),
+    "model.mlstm_large.input_gate_bias",
+    # By what reads them.
+    *("data.weights", "profile"),
+  }
+  without = set(numbers_without_range(RunConfig))
+  assert without == checked
+
+
+def numbers_without_range(cls: type, prefix: str = "") -> Iterator[str]:
+  for field in dataclasses.fields(cls):
+    hint = conversion.hints(cls)[field.name]
+    inner = {hint, *typing.get_args(hint)}
+    inner |= {arg for one in inner for arg in typing.get_args(one)}
+    if dataclasses.is_dataclass(hint):
+      section = typing.cast(type, hint)
+      yield from numbers_without_range(section, f"{prefix}{field.name}.")
+    elif {int, float} & inner and not range_of(field):
+      yield f"{prefix}{field.name}"

@@ -33,7 +33,7 @@ def test_a_folder_without_a_run_is_named(tmp_path):
     (b"{", "not valid JSON"),
     (b"\xff", "not valid JSON"),
     (b"[" * 100_000, "not valid JSON"),
-    (b"[]", "must be a section"),
+    (b"[]", "must be an object"),
     (b'{"stesp": 1}', "nearest key is config.steps"),
     (b'{"steps": "1"}', "must be an integer"),
   ],
@@ -42,7 +42,7 @@ def test_a_damaged_file_is_explained(tmp_path, content, message):
   (tmp_path / "config.json").write_bytes(content)
   with pytest.raises(UserError, match=message) as error:
     config.load(tmp_path)
-  assert str(error.value).startswith(f"{tmp_path / 'config.json'} is ")
+  assert str(error.value).startswith(f"{tmp_path / 'config.json'}")
 
 
 def test_keys_that_came_later_have_their_defaults(tmp_path):

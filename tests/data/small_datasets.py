@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xlstm_jax.data import format as files
-from xlstm_jax.data import writer
+from xlstm_jax.data import layout, writer
 from xlstm_jax.data.tokenizer import ByteTokenizer, Tokenizer
 
 # One (text, source id) per document.
@@ -56,13 +55,13 @@ def write_dataset(
     for name, part in (("train", documents), ("heldout", heldout))
   }
   tokenizer.save(directory)
-  manifest = files.Manifest(
+  manifest = layout.Manifest(
     tokenizer=tokenizer.spec,
     sources=sources,
     splits={
-      name: files.SplitManifest(
+      name: layout.SplitManifest(
         sources={
-          source: state.counts[i] if i < len(state.counts) else files.Counts()
+          source: state.counts[i] if i < len(state.counts) else layout.NO_COUNTS
           for i, source in enumerate(sources)
         },
         shards=tuple(state.shards),
@@ -71,5 +70,5 @@ def write_dataset(
     },
     origin={},
   )
-  files.write_manifest(directory, manifest)
+  layout.write_manifest(directory, manifest)
   return directory

@@ -17,20 +17,19 @@ from hypothesis import strategies as st
 from small_datasets import write_dataset
 from test_journal import example
 
-from xlstm_jax.data import format as files
-from xlstm_jax.data import journal, shards
+from xlstm_jax.data import journal, layout, shards
 from xlstm_jax.errors import UserError
 
 
 def read_journal(folder: Path, data: bytes) -> None:
-  (folder / files.PROGRESS).write_bytes(data)
+  (folder / layout.PROGRESS).write_bytes(data)
   with contextlib.suppress(UserError):
     kept = journal.load(folder)
     assert kept
     # What is read can be gone on with.
     assert all(type(number) is int and number >= 0 for number in kept.place)
     assert all(type(name) is str for name in kept.sources)
-    assert kept.totals.keys() == set(files.SPLITS)
+    assert kept.totals.keys() == set(layout.SPLITS)
     kept.save(folder)
     assert journal.load(folder) == kept
 
@@ -56,7 +55,7 @@ def test_a_damaged_journal_is_read_or_refused(
   tmp_path: Path, data: st.DataObject
 ):
   example().save(tmp_path)
-  whole = (tmp_path / files.PROGRESS).read_bytes()
+  whole = (tmp_path / layout.PROGRESS).read_bytes()
   read_journal(tmp_path, data.draw(bytes_like(whole)))
 
 
@@ -66,7 +65,7 @@ def test_any_value_in_a_journal_with_its_hash_is_read_or_refused(
   tmp_path: Path, data: st.DataObject
 ):
   example().save(tmp_path)
-  content = json.loads((tmp_path / files.PROGRESS).read_bytes())
+  content = json.loads((tmp_path / layout.PROGRESS).read_bytes())
   read_journal(tmp_path, hashed(data.draw(json_like(content))))
 
 
@@ -93,8 +92,8 @@ def with_index(directory: Path, data: bytes, manifest: Any) -> None:
   (directory / "train-00000.index").write_bytes(data)
   manifest["splits"]["train"]["shards"][0]["index_crc32"] = zlib.crc32(data)
   manifest.pop("hash")
-  manifest["hash"] = files._digest(manifest)
-  (directory / files.MANIFEST).write_text(json.dumps(manifest))
+  manifest["hash"] = layout._digest(manifest)
+  (directory / layout.MANIFEST).write_text(json.dumps(manifest))
 
 
 @same_folder
@@ -103,7 +102,7 @@ def test_a_damaged_index_is_read_or_refused(
   tmp_path: Path, data: st.DataObject
 ):
   directory = dataset(tmp_path)
-  index, manifest = directory / "train-00000.index", directory / files.MANIFEST
+  index, manifest = directory / "train-00000.index", directory / layout.MANIFEST
   whole, stated = index.read_bytes(), manifest.read_bytes()
   damaged = data.draw(bytes_like(whole) | st.binary(max_size=120))
   try:
@@ -124,10 +123,10 @@ def test_any_numbers_in_an_index_with_its_checksum_are_read_or_refused(
 ):
   """The size stays, so that what is read is the table and not its length."""
   directory = dataset(tmp_path)
-  index, manifest = directory / "train-00000.index", directory / files.MANIFEST
+  index, manifest = directory / "train-00000.index", directory / layout.MANIFEST
   whole, stated = index.read_bytes(), manifest.read_bytes()
   words = np.frombuffer(whole, "<u4").copy()
-  behind = files.HEADER_BYTES // 4
+  behind = layout.HEADER_BYTES // 4
   for _ in range(data.draw(st.integers(1, 3))):
     at = data.draw(st.integers(behind, len(words) - 1))
     words[at] = data.draw(

@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_datasets import Documents, MakeDataset, write_dataset
 
-from xlstm_jax.data import format as files
-from xlstm_jax.data import shards
+from xlstm_jax.data import layout, shards
 from xlstm_jax.errors import UserError
 
 E = 256
@@ -132,8 +131,8 @@ def test_counts_are_per_source(make_dataset: MakeDataset):
     make_dataset([(b"abc", 1), (b"", 0), (b"de", 1)]), "train"
   )
   assert split.counts == {
-    "a": files.Counts(documents=1, tokens=1, bytes=0),
-    "b": files.Counts(documents=2, tokens=7, bytes=5),
+    "a": layout.Counts(documents=1, tokens=1, bytes=0),
+    "b": layout.Counts(documents=2, tokens=7, bytes=5),
   }
 
 
@@ -176,7 +175,7 @@ def test_a_folder_without_a_dataset_is_refused(tmp_path: Path):
 
 
 def test_an_interrupted_preparation_is_named(tmp_path: Path):
-  (tmp_path / files.PROGRESS).write_text("{}")
+  (tmp_path / layout.PROGRESS).write_text("{}")
   with pytest.raises(UserError, match="interrupted; run the same prepare"):
     shards.open_split(tmp_path, "train")
 
@@ -255,7 +254,7 @@ def test_a_file_that_is_none_does_not_hang(large: Path, suffix: str):
 
 @pytest.mark.parametrize("block", [0, 1, 3])
 def test_an_altered_token_block_is_named_at_opening(large: Path, block: int):
-  flip(large / "train-00001.tokens", block * files.BLOCK_BYTES + 77)
+  flip(large / "train-00001.tokens", block * layout.BLOCK_BYTES + 77)
   with pytest.raises(
     UserError, match=rf"train-00001\.tokens was altered: block {block} "
   ):
@@ -263,9 +262,9 @@ def test_an_altered_token_block_is_named_at_opening(large: Path, block: int):
 
 
 def test_an_altered_block_is_found_at_its_first_use(large: Path):
-  flip(large / "train-00000.tokens", files.BLOCK_BYTES + 77)
+  flip(large / "train-00000.tokens", layout.BLOCK_BYTES + 77)
   split = shards.open_split(large, "train", verify="first_use")
-  per_block = files.BLOCK_BYTES // 2
+  per_block = layout.BLOCK_BYTES // 2
   split.read(0, per_block)
   split.read(2 * per_block, split.tokens)
   with pytest.raises(UserError, match="block 1 "):
@@ -302,11 +301,11 @@ def rewrite_index(directory: Path, edit: Callable[[bytearray], None]) -> None:
   data = bytearray(path.read_bytes())
   edit(data)
   path.write_bytes(data)
-  content = json.loads((directory / files.MANIFEST).read_text())
+  content = json.loads((directory / layout.MANIFEST).read_text())
   del content["hash"]
   content["splits"]["train"]["shards"][0]["index_crc32"] = zlib.crc32(data)
-  content["hash"] = files._digest(content)
-  (directory / files.MANIFEST).write_text(json.dumps(content))
+  content["hash"] = layout._digest(content)
+  (directory / layout.MANIFEST).write_text(json.dumps(content))
 
 
 def put(offset: int, value: int) -> Callable[[bytearray], None]:
@@ -316,7 +315,7 @@ def put(offset: int, value: int) -> Callable[[bytearray], None]:
   return edit
 
 
-ROW = files.HEADER_BYTES
+ROW = layout.HEADER_BYTES
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_only_shards_begun_later_are_deleted(tmp_path: Path):
 def test_a_shard_may_not_outgrow_its_index(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-  monkeypatch.setattr("xlstm_jax.data.format.MAX_SHARD_TOKENS", 20)
+  monkeypatch.setattr("xlstm_jax.data.layout.MAX_SHARD_TOKENS", 20)
   writer = open_writer(tmp_path, SplitState.empty())
   append(writer, [(b"a" * 15, 0)])
   with pytest.raises(UserError, match="would exceed 20 tokens"):

@@ -114,7 +114,7 @@ def test_caps_may_be_absent(none):
 @pytest.mark.parametrize("name", ["gate_soft_cap", "output_logit_soft_cap"])
 @pytest.mark.parametrize("cap", [0.0, -1.0])
 def test_caps_that_give_no_number_are_refused(name, cap):
-  with pytest.raises(UserError, match=rf"{name} is {cap}; it must be above 0"):
+  with pytest.raises(UserError, match=rf"{name} is {cap}; .* above 0"):
     large.model_config(SMALL | {name: cap})
 
 
@@ -155,7 +155,7 @@ def test_kernels_of_the_sigmoid_gated_cell_are_refused(name, kernel):
   ("changes", "message"),
   [
     ({"model_type": "llama"}, "model_type is 'llama'"),
-    ({"vocab_size": "97"}, "vocab_size is '97'; it must be a whole number"),
+    ({"vocab_size": "97"}, "vocab_size is '97'; it must be an integer"),
     ({"vocab_size": True}, "vocab_size is True"),
     ({"vocab_size": 0}, "vocab_size is 0"),
     ({"num_heads": 4.0}, "num_heads is 4.0"),
@@ -165,17 +165,29 @@ def test_kernels_of_the_sigmoid_gated_cell_are_refused(name, kernel):
     ({"add_qk_norm": True}, "add_qk_norm is True"),
     ({"add_post_norm": True}, "add_post_norm is True"),
     ({"hidden_size": 32}, "hidden_size as 32 and embedding_dim as 64"),
-    ({"num_heads": 0}, "num_heads is 0; it must be at least 1"),
-    ({"num_heads": -4}, "num_heads is -4; it must be at least 1"),
-    ({"num_heads": 10**30}, "num_heads is 10+; it must be at most 2147483647"),
-    ({"ffn_round_up_to_multiple_of": 0}, "multiple_of is 0; it must be at le"),
-    ({"ffn_proj_factor": 0}, "ffn_proj_factor is 0.0; it must be above 0"),
+    ({"num_heads": 0}, "num_heads is 0; it must be an integer, at least 1"),
+    ({"num_heads": -4}, "num_heads is -4; it must be an integer, at least 1"),
+    (
+      {"num_heads": 10**30},
+      "num_heads is 10+; it must be .* at most 2147483647",
+    ),
+    ({"ffn_round_up_to_multiple_of": 0}, "multiple_of is 0; it must be an int"),
+    (
+      {"ffn_proj_factor": 0},
+      "ffn_proj_factor is 0; it must be a number, above 0",
+    ),
     ({"ffn_proj_factor": 1e300}, r"factor is 1e\+300; .* at most 1000"),
-    ({"qk_dim_factor": -0.5}, "qk_dim_factor is -0.5; it must be above 0"),
+    (
+      {"qk_dim_factor": -0.5},
+      "qk_dim_factor is -0.5; it must be a number, above 0",
+    ),
     ({"v_dim_factor": 1e300}, r"v_dim_factor is 1e\+300"),
-    ({"norm_eps": -1e-6}, "norm_eps is -1e-06; it must be at least 0"),
-    ({"eps": -1e-6}, "eps is -1e-06; it must be at least 0"),
-    ({"eps": float("nan")}, "eps is nan; it must be a finite number"),
+    (
+      {"norm_eps": -1e-6},
+      "norm_eps is -1e-06; it must be a number, at least 0",
+    ),
+    ({"eps": -1e-6}, "eps is -1e-06; it must be a number, at least 0"),
+    ({"eps": float("nan")}, "eps is nan; it must be a number, at least 0"),
     ({"num_heads": None}, "lacks num_heads"),
     ({"embedding_dim": None}, "lacks hidden_size"),
   ],
@@ -353,15 +365,27 @@ def test_rounding_down_gives_the_repositorys_size(width, factor, multiple):
     ("slstm", {"forward_clipval": 3.0}, "forward_clipval is 3.0"),
     ("slstm", {"gradient_recurrent_clipval": 1}, "recurrent_clipval is 1"),
     ("slstm", {"gradient_recurrent_cut": True}, "recurrent_cut is True"),
-    ("slstm", {"num_heads": 0}, "slstm.num_heads is 0; it must be at least 1"),
+    (
+      "slstm",
+      {"num_heads": 0},
+      "slstm.num_heads is 0; it must be an integer, at least 1",
+    ),
     ("slstm", {"conv1d_kernel_size": -1}, "slstm.conv1d_kernel_size is -1"),
     ("slstm", {"bias_init": 0}, "bias_init is 0; it must be a string"),
-    ("feedforward", {"dropout": 1}, "feedforward.dropout is 1.0"),
-    ("feedforward", {"proj_factor": 0}, "feedforward.proj_factor is 0.0"),
+    (
+      "feedforward",
+      {"dropout": 1},
+      "feedforward.dropout is 1; it must be a number, below 1",
+    ),
+    (
+      "feedforward",
+      {"proj_factor": 0},
+      "feedforward.proj_factor is 0; it must be a number, above 0",
+    ),
     (
       "feedforward",
       {"round_proj_up_to_multiple_of": 0, "round_proj_up_dim_up": False},
-      "feedforward.round_proj_up_to_multiple_of is 0; it must be at least 1",
+      "round_proj_up_to_multiple_of is 0; it must be an integer, at least 1",
     ),
     ("feedforward", {"act_fn": "tanh"}, "feedforward.act_fn is 'tanh'"),
     ("feedforward", {"ff_type": "ffn"}, "ff_type is 'ffn'"),
@@ -377,13 +401,13 @@ def test_options_of_slstm_blocks_are_checked(section, changes, message):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"num_heads": 0}, "num_heads is 0; it must be at least 1"),
+    ({"num_heads": 0}, "num_heads is 0; it must be an integer, at least 1"),
     ({"num_heads": -1}, "num_heads is -1"),
-    ({"proj_factor": 0.0}, "proj_factor is 0.0; it must be above 0"),
-    ({"proj_factor": -2}, "proj_factor is -2.0"),
+    ({"proj_factor": 0.0}, "proj_factor is 0.0; it must be a number, above 0"),
+    ({"proj_factor": -2}, "proj_factor is -2; it must be a number"),
     ({"proj_factor": 1e300}, r"proj_factor is 1e\+300"),
     ({"round_proj_up_to_multiple_of": 0}, "multiple_of is 0"),
-    ({"conv1d_kernel_size": -4}, "conv1d_kernel_size is -4; it must be at l"),
+    ({"conv1d_kernel_size": -4}, "conv1d_kernel_size is -4; it must be an int"),
     ({"qkv_proj_blocksize": -4}, "qkv_proj_blocksize is -4"),
     ({"qkv_proj_blocksize": 0}, "qkv_proj_blocksize is 0"),
   ],
@@ -490,7 +514,7 @@ def is_refused(form, content) -> bool:
     ({"slstm_at": "some"}, "slstm_at is 'some'"),
     ({"slstm_at": [1.5]}, r"slstm_at is \[1.5\]"),
     ({"dropout": "0.1"}, "dropout is '0.1'"),
-    ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
+    ({"dropout": 1.0}, "dropout is 1.0; it must be a number, below 1"),
     ({"dropout": -0.1}, "dropout is -0.1"),
     ({"mlstm_cell_eps": -1.0}, "mlstm_cell_eps is -1.0"),
   ],

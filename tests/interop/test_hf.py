@@ -585,9 +585,9 @@ def test_a_refused_import_leaves_no_workdir(tmp_path, copied):
 @pytest.mark.parametrize(
   ("name", "content", "message"),
   [
-    ("config.json", None, "no file"),
-    ("config.json", b"{", "not JSON"),
-    ("config.json", b"\xff\xfe", "cannot be read"),
+    ("config.json", None, "No such file"),
+    ("config.json", b"{", "not valid JSON"),
+    ("config.json", b"\xff\xfe", "not valid JSON"),
     ("config.json", b'{"model_type": "llama"}', "model_type is 'llama'"),
     ("model.safetensors", b"\x80\x02cos\nsystem\n", "damaged"),
   ],

@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import types
 
 import jax
 import pytest
 
+from xlstm_jax import jax_internals
 from xlstm_jax.cells.hopper_gpus import device_refusal
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data.pipeline import DataConfig
@@ -239,11 +239,7 @@ def test_a_share_of_memory_that_is_none_is_refused(monkeypatch, fraction):
 def described(monkeypatch):
   """Machines are described without what would compile for them."""
   monkeypatch.setattr(machines.importlib.util, "find_spec", lambda _: object())
-  monkeypatch.setattr(
-    machines.topologies,
-    "get_topology_desc",
-    lambda **_: types.SimpleNamespace(devices=[]),
-  )
+  monkeypatch.setattr(jax_internals, "topology_devices", lambda *_, **__: [])
 
 
 @pytest.mark.parametrize(

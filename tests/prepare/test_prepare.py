@@ -23,8 +23,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from xlstm_jax.data import format as files
-from xlstm_jax.data import journal, shards, tokenizer, writer
+from xlstm_jax.data import journal, layout, shards, tokenizer, writer
 from xlstm_jax.errors import UserError, exit_code
 from xlstm_jax.prepare import __main__ as prepare
 from xlstm_jax.prepare import preparation, workers
@@ -121,10 +120,10 @@ def test_counts_in_the_manifest_are_those_of_the_text(
   corpus: Path, texts: list[str], tmp_path: Path
 ):
   run_default(corpus, tmp_path / "out")
-  manifest = files.read_manifest(tmp_path / "out")
+  manifest = layout.read_manifest(tmp_path / "out")
   total = manifest.splits["train"].total + manifest.splits["heldout"].total
   size = sum(len(text.encode()) for text in texts)
-  assert total == files.Counts(len(texts), size + len(texts), size)
+  assert total == layout.Counts(len(texts), size + len(texts), size)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +151,7 @@ def test_compression_changes_nothing(
   run_default(corpus, tmp_path / "plain")
   run_default(tmp_path / name, tmp_path / "packed")
   left, right = content(tmp_path / "plain"), content(tmp_path / "packed")
-  del left[files.PROGRESS], right[files.PROGRESS]
+  del left[layout.PROGRESS], right[layout.PROGRESS]
   assert left == right
 
 
@@ -176,7 +175,7 @@ def test_the_split_is_stable_under_order_and_layout(
   for i in range(3):
     (folder / f"{i}.jsonl").write_bytes(b"".join(lines[i::3]))
   run_default(folder, tmp_path / "b")
-  for split in files.SPLITS:
+  for split in layout.SPLITS:
     left = read_documents(tmp_path / "a", split)
     assert Counter(left) == Counter(read_documents(tmp_path / "b", split))
 
@@ -210,7 +209,7 @@ def test_plain_text_folders_get_the_source_they_are_given(tmp_path: Path):
     ("text of code/sub/b.py", "code"),
     ("text of prose/c.txt", "default"),
   ]
-  origin = files.read_manifest(tmp_path / "out").origin
+  origin = layout.read_manifest(tmp_path / "out").origin
   assert (origin["skipped"], origin["empty_files"]) == (0, 1)
 
 
@@ -224,7 +223,7 @@ def test_a_tokenizer_file_is_copied(
   run(f"--input={corpus}", f"--output={output}", "--workers=2",
       f"--tokenizer={tmp_path}/saved/tokenizer.json")  # fmt: skip
   assert tokenizer.load(output).spec == trained.spec
-  assert files.read_manifest(output).tokenizer == trained.spec
+  assert layout.read_manifest(output).tokenizer == trained.spec
   found = [text for text, _ in read_documents(output, "train")]
   assert set(found) <= set(texts)
   assert len(found) > 250
@@ -395,7 +394,7 @@ def test_names_of_lines_are_known_in_any_case(
   packed = gzip.compress(data) if name.endswith("GZ") else data
   (tmp_path / name).write_bytes(packed)
   run_default(tmp_path / name, tmp_path / "out")
-  totals = files.read_manifest(tmp_path / "out").splits.values()
+  totals = layout.read_manifest(tmp_path / "out").splits.values()
   assert sum(split.total.documents for split in totals) == len(texts)
 
 
@@ -418,9 +417,9 @@ def test_what_a_file_holds_decides_in_a_folder_as_alone(
     (folder / name).write_bytes(data)
   assert run_default(folder, tmp_path / "out", "--max-bad-lines=4") == 0
   errors = capsys.readouterr().err
-  found = [t for s in files.SPLITS for t, _ in read_all(tmp_path / "out", s)]
+  found = [t for s in layout.SPLITS for t, _ in read_all(tmp_path / "out", s)]
   assert sorted(found) == sorted([*texts[:20], "a text"])
-  assert files.read_manifest(tmp_path / "out").origin["empty_files"] == 1
+  assert layout.read_manifest(tmp_path / "out").origin["empty_files"] == 1
   listed = {e["file"]: e["reason"] for e in skipped(tmp_path / "out")}
   assert list(listed) == list(problems)
   for name, (_, reason) in problems.items():
@@ -432,7 +431,7 @@ def test_what_a_file_holds_decides_in_a_folder_as_alone(
 
 def read_all(directory: Path, split: str) -> list[tuple[str, str]]:
   """`read_documents` of a split that may be empty."""
-  if not files.read_manifest(directory).splits[split].shards:
+  if not layout.read_manifest(directory).splits[split].shards:
     return []
   return read_documents(directory, split)
 
@@ -449,7 +448,7 @@ def test_a_redirected_file_is_read_by_what_it_holds(
     )  # fmt: skip
   run_default(corpus, tmp_path / "named")
   left, right = content(tmp_path / "out"), content(tmp_path / "named")
-  del left[files.PROGRESS], right[files.PROGRESS]
+  del left[layout.PROGRESS], right[layout.PROGRESS]
   assert left == right
 
 
@@ -513,7 +512,7 @@ def test_what_holds_no_text_counts_towards_no_limit(
              "--heldout-fraction=0", "--workers=1",
              "--max-bad-lines=0") == 0  # fmt: skip
   assert [t for t, _ in read_documents(tmp_path / "out", "train")] == ["a", "b"]
-  origin = files.read_manifest(tmp_path / "out").origin
+  origin = layout.read_manifest(tmp_path / "out").origin
   assert origin["skipped"] == 0
   assert origin["empty_files"] == 6
   assert origin["empty_lines"] == 153
@@ -524,7 +523,7 @@ def test_what_holds_no_text_counts_towards_no_limit(
 
 def of_older_version(output: Path) -> None:
   """Makes the journal that the first rules, which had no number, left."""
-  path = output / files.PROGRESS
+  path = output / layout.PROGRESS
   data = json.loads(path.read_bytes())
   for name in ("version", "hash", "rules", "empty_lines"):
     del data[name]
@@ -561,7 +560,7 @@ def test_what_an_older_version_began_is_continued_or_refused(
   assert content(output) == content(tmp_path / "whole")
 
 
-def totals(output: Path) -> Iterable[files.Counts]:
+def totals(output: Path) -> Iterable[layout.Counts]:
   kept = journal.load(output)
   assert kept
   return kept.totals.values()
@@ -594,7 +593,7 @@ def test_a_folder_that_holds_something_else_is_refused(
 
 
 def test_an_output_that_is_a_file_is_refused(corpus: Path, tmp_path: Path):
-  with pytest.raises(UserError, match="Cannot write to"):
+  with pytest.raises(UserError, match="cannot be written: File exists"):
     run_default(corpus, corpus)
 
 
@@ -646,7 +645,7 @@ def test_input_without_documents_is_an_error(tmp_path: Path, data: bytes):
   with pytest.raises(UserError, match="hold no documents"):
     run_default(corpus, output)
   with pytest.raises(UserError, match="interrupted"):
-    files.read_manifest(output)
+    layout.read_manifest(output)
   # With the input mended, the same folder will do.
   corpus.write_bytes(as_lines(["text"] * 9))
   assert run_default(corpus, output, "--shard-size=9") == 0
@@ -665,7 +664,7 @@ def test_bad_lines_are_reported_and_counted(
   assert f"skipping {corpus}:6: not JSON: " in errors
   assert f"skipping {corpus}:7: not UTF-8: invalid start byte\n" in errors
   assert "not shown" not in errors
-  assert files.read_manifest(tmp_path / "out").origin["skipped"] == 2
+  assert layout.read_manifest(tmp_path / "out").origin["skipped"] == 2
   listed = skipped(tmp_path / "out")
   assert [entry["line"] for entry in listed] == [6, 7]
   assert {entry["file"] for entry in listed} == {"c.jsonl"}
@@ -731,7 +730,7 @@ def test_a_truncated_archive_is_an_error_that_names_it(
 def test_too_many_sources_are_refused(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-  monkeypatch.setattr(files, "MAX_SOURCES", 2)
+  monkeypatch.setattr(layout, "MAX_SOURCES", 2)
   corpus = tmp_path / "c.jsonl"
   corpus.write_bytes(as_lines(["a", "b", "c"]))
   with pytest.raises(UserError, match="more than 2 sources"):
@@ -886,7 +885,7 @@ def committed(output: Path) -> tuple[int, int] | None:
   kept = journal.load(output) if output.exists() else None
   if not kept or not kept.place.offset:
     return None
-  status = (output / files.PROGRESS).stat()
+  status = (output / layout.PROGRESS).stat()
   return status.st_ino, status.st_mtime_ns
 
 

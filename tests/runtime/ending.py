@@ -3,6 +3,7 @@
 import sys
 import threading
 
+from xlstm_jax import jax_internals
 from xlstm_jax.config import LimitsConfig
 from xlstm_jax.runtime import peers, processes
 from xlstm_jax.runtime.interrupt import Interrupt
@@ -18,7 +19,7 @@ talking = peers.Peers(
   passed=lambda: stopped.passed, doing=lambda: "data", heard=stopped.note
 )
 stopped.connect(talking.agree)
-peers._client().wait_at_barrier("both", 600_000)
+jax_internals.coordination_client().wait_at_barrier("both", 600_000)
 if index == 0:
   stopped.note("SIGTERM")
 # As in a wait for what does not come.

@@ -5,6 +5,7 @@ import time
 
 import jax
 
+from xlstm_jax import jax_internals
 from xlstm_jax.config import LimitsConfig
 from xlstm_jax.runtime import peers, processes
 from xlstm_jax.runtime.interrupt import Interrupt
@@ -17,7 +18,7 @@ processes.join(
   processes.Processes(f"localhost:{port}", 2, index),
   LimitsConfig(join_seconds=PATIENCE, heartbeat_seconds=PATIENCE),
 )
-client = peers._client()
+client = jax_internals.coordination_client()
 
 
 def meet(name):

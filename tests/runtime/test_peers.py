@@ -71,6 +71,6 @@ def test_other_errors_stay_what_they_are(monkeypatch, error):
     def wait_at_barrier(self, *_):
       raise error
 
-  monkeypatch.setattr(peers, "_client", Client)
+  monkeypatch.setattr(peers, "coordination_client", Client)
   with pytest.raises(type(error)):
     peers.meet("anything", seconds=0.0)

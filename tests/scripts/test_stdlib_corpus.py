@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from xlstm_jax.data import format as files
+from xlstm_jax.data import layout
 from xlstm_jax.prepare import __main__ as prepare
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "stdlib_corpus.py"
@@ -74,6 +74,6 @@ def test_the_running_python_becomes_a_dataset(
   arguments = [f"--input={path}", f"--output={tmp_path}/out"]
   arguments += ["--tokenizer=byte", "--workers=1", "--max-bad-lines=0"]
   assert prepare.main(arguments) == 0
-  manifest = files.read_manifest(tmp_path / "out")
+  manifest = layout.read_manifest(tmp_path / "out")
   counts = manifest.splits["train"].total + manifest.splits["heldout"].total
   assert (counts.documents, counts.bytes) == (len(lines), total)

@@ -43,8 +43,7 @@ from etils import epath
 from xlstm_jax import checksums, config, metrics
 from xlstm_jax.checkpoints import EVAL_LOSS, CheckpointConfig, Checkpoints
 from xlstm_jax.config import RunConfig
-from xlstm_jax.data import documents, journal, shards, tokenizer
-from xlstm_jax.data import format as files
+from xlstm_jax.data import documents, journal, layout, shards, tokenizer
 from xlstm_jax.data.readers.reader import Place
 from xlstm_jax.errors import UserError
 from xlstm_jax.interop import large, paper, tensor_files, tokenizer_files
@@ -240,7 +239,7 @@ def _read_data(folder: Path) -> None:
 
 def _mend_manifest(folder: Path) -> None:
   """The checksums of blocks, then those of indices, then the hash."""
-  path = folder / "data" / files.MANIFEST
+  path = folder / "data" / layout.MANIFEST
   content = _json_or_none(path)
   if not isinstance(content, dict):
     return
@@ -256,7 +255,7 @@ def _mend_manifest(folder: Path) -> None:
 
 def _mend_index(name: Path) -> int:
   tokens = name.with_suffix(".tokens").read_bytes()
-  size = files.BLOCK_BYTES
+  size = layout.BLOCK_BYTES
   blocks = [tokens[i : i + size] for i in range(0, len(tokens), size)]
   sums = np.array([zlib.crc32(block) for block in blocks], "<u4").tobytes()
   index = name.with_suffix(".index").read_bytes()

@@ -13,7 +13,7 @@ from etils import epath
 from xlstm_jax import checksums, config, sharding
 from xlstm_jax.checkpoints import CheckpointConfig, Checkpoints
 from xlstm_jax.config import RunConfig
-from xlstm_jax.data import format
+from xlstm_jax.data import layout
 from xlstm_jax.data.pipeline import DataConfig
 from xlstm_jax.errors import UserError
 from xlstm_jax.layers.compute import Compute
@@ -275,7 +275,7 @@ def test_what_changes_no_tokens_needs_no_consent(
 
 
 def tokens(cfg):
-  manifests = map(format.read_manifest, cfg.data.paths)
+  manifests = map(layout.read_manifest, cfg.data.paths)
   return [manifest.splits["train"].total.tokens for manifest in manifests]
 
 

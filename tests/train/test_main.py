@@ -11,9 +11,10 @@ from xlstm_jax.train import __main__ as command
 # A thread that Python would wait for, and a process that JAX would.
 ENDING = """
 import sys, threading
+from xlstm_jax import jax_internals
 from xlstm_jax.config import LimitsConfig
 from xlstm_jax.train import __main__ as command
-from xlstm_jax.runtime import peers, processes
+from xlstm_jax.runtime import processes
 
 index, port = map(int, sys.argv[1:])
 processes.join(
@@ -21,7 +22,7 @@ processes.join(
   LimitsConfig(join_seconds=600),
 )
 threading.Thread(target=threading.Event().wait).start()
-client = peers._client()
+client = jax_internals.coordination_client()
 client.wait_at_barrier("both", 600_000)
 # Far longer than the other one needs on a machine that is busy with others.
 command._LAST_SECONDS = 15.0

@@ -1,22 +1,19 @@
 """Checks of a configuration, and of its parts against one another."""
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
-from xlstm_jax import sharding
-from xlstm_jax.config.conversion import value_of
+from xlstm_jax import ranges, sharding
 from xlstm_jax.config.run import RunConfig
-from xlstm_jax.data.format import Manifest
+from xlstm_jax.data.layout import Manifest
 from xlstm_jax.errors import UserError
 from xlstm_jax.evaluators.table import EVALUATORS
 from xlstm_jax.models.config import ModelConfig
 from xlstm_jax.models.kinds import KINDS, has_memory
 from xlstm_jax.optim import OPTIMIZERS
-from xlstm_jax.ranges import range_of
 
 
 def validate(cfg: RunConfig, manifest: Manifest | None, devices: int) -> None:
@@ -30,65 +27,17 @@ def validate(cfg: RunConfig, manifest: Manifest | None, devices: int) -> None:
   Raises:
     UserError: something is wrong; a sentence names each problem.
   """
-  out_of_range = list(_range_problems(cfg))
   problems = [
-    *out_of_range,
+    *ranges.problems(cfg, "config."),
     *_optim_problems(cfg),
-    *_limit_problems(cfg),
-    # These checks divide by the numbers that may be out of range.
-    *(() if out_of_range else _mesh_problems(cfg, devices)),
     *_other_problems(cfg),
     *(_data_problems(cfg, manifest) if manifest is not None else ()),
   ]
+  # These divide by numbers of the model.
+  if not any(ranges.problems(cfg.model, "")):
+    problems += _mesh_problems(cfg, devices)
   if problems:
     raise UserError(" ".join(problems))
-
-
-# The least value of the integers that have one.
-_AT_LEAST = {
-  "steps": 1,
-  "batch_size": 1,
-  "accumulation": 1,
-  "log_every": 1,
-  "eval_every": 1,
-  "eval_tokens": 1,
-  "diagnose_every": 1,
-  "save_every": 1,
-  "loss_chunk": 1,
-  "data.context": 1,
-  "checkpoint.keep_latest": 1,
-  "checkpoint.keep_best": 0,
-  "checkpoint.keep_every": 1,
-  "checkpoint.keep_minutes": 1,
-  "checkpoint.retries": 0,
-  "health.max_skipped": 0,
-  "health.window": 2,
-  "health.rise_windows": 1,
-  "health.max_rollbacks": 0,
-  "optim.warmup_steps": 0,
-  "optim.cooldown_steps": 0,
-  "compute.mlstm_chunk": 1,
-}
-
-
-def _range_problems(cfg: RunConfig) -> Iterator[str]:
-  for key, least in _AT_LEAST.items():
-    value = value_of(cfg, key)
-    if value is not None and value < least:
-      yield f"config.{key} is {value}; it must be at least {least}."
-  if not 0 <= cfg.seed < 2**63:
-    yield f"config.seed is {cfg.seed}; it must be at least 0 and below 2^63."
-  yield from _field_problems(cfg, "config.")
-
-
-def _field_problems(section: Any, prefix: str) -> Iterator[str]:
-  """The numbers outside the ranges that their fields state."""
-  for field in dataclasses.fields(section):
-    value, allowed = getattr(section, field.name), range_of(field)
-    if dataclasses.is_dataclass(value):
-      yield from _field_problems(value, f"{prefix}{field.name}.")
-    elif allowed is not None and value is not None and value not in allowed:
-      yield f"{prefix}{field.name} is {value}; it must be {allowed}."
 
 
 def _optim_problems(cfg: RunConfig) -> Iterator[str]:
@@ -98,20 +47,6 @@ def _optim_problems(cfg: RunConfig) -> Iterator[str]:
       f"config.optim.name is {optim.name!r}; it must be one of "
       f"{', '.join(map(repr, OPTIMIZERS))}."
     )
-  limits = {
-    "peak_lr": (optim.peak_lr > 0, "above 0"),
-    "final_fraction": (0 < optim.final_fraction <= 1, "above 0, at most 1"),
-    "b1": (0 <= optim.b1 < 1, "at least 0 and below 1"),
-    "b2": (0 <= optim.b2 < 1, "at least 0 and below 1"),
-    "eps": (optim.eps > 0, "above 0"),
-    "weight_decay": (optim.weight_decay >= 0, "at least 0"),
-    "clip_norm": (optim.clip_norm is None or optim.clip_norm > 0, "above 0"),
-  }
-  for key, (good, expected) in limits.items():
-    if not good:
-      yield (
-        f"config.optim.{key} is {getattr(optim, key)}; it must be {expected}."
-      )
   if optim.warmup_steps + optim.cooldown_steps > cfg.steps:
     yield (
       f"{optim.warmup_steps} steps of warm-up and {optim.cooldown_steps} of "
@@ -122,17 +57,6 @@ def _optim_problems(cfg: RunConfig) -> Iterator[str]:
     yield (
       f"config.optim.decay_steps is {optim.decay_steps}; the decay cannot end "
       f"before the warm-up of {optim.warmup_steps} steps."
-    )
-
-
-def _limit_problems(cfg: RunConfig) -> Iterator[str]:
-  for key, seconds in dataclasses.asdict(cfg.limits).items():
-    if seconds <= 0:
-      yield f"config.limits.{key} is {seconds}; it must be above 0."
-  spike = cfg.health.spike_deviations
-  if spike is not None and spike <= 0:
-    yield (
-      f"config.health.spike_deviations is {spike}; it must be above 0, or none."
     )
 
 
@@ -245,8 +169,6 @@ def _listed(items: Sequence[Any], word: str = "or") -> str:
 
 
 def _other_problems(cfg: RunConfig) -> Iterator[str]:
-  if cfg.save_minutes is not None and cfg.save_minutes <= 0:
-    yield f"config.save_minutes is {cfg.save_minutes}; it must be above 0."
   if cfg.profile and not (
     len(cfg.profile) == 2 and 1 <= cfg.profile[0] <= cfg.profile[1] <= cfg.steps
   ):

@@ -8,6 +8,7 @@ from xlstm_jax.evaluators.table import EvaluatorsConfig
 from xlstm_jax.layers.compute import Compute
 from xlstm_jax.models.config import ModelConfig
 from xlstm_jax.optim import OptimConfig
+from xlstm_jax.ranges import ranged
 from xlstm_jax.sharding import MeshConfig
 
 
@@ -28,11 +29,11 @@ class HealthConfig:
     max_rollbacks: How often the run may go back. Once more, and it ends.
   """
 
-  max_skipped: int = 8
-  window: int = 128
-  spike_deviations: float | None = None
-  rise_windows: int = 8
-  max_rollbacks: int = 3
+  max_skipped: int = ranged(8, at_least=0)
+  window: int = ranged(128, at_least=2)
+  spike_deviations: float | None = ranged(None, above=0)
+  rise_windows: int = ranged(8, at_least=1)
+  max_rollbacks: int = ranged(3, at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +53,14 @@ class LimitsConfig:
       saved by then is lost.
   """
 
-  join_seconds: int = 300
-  heartbeat_seconds: int = 100
-  start_seconds: float = 3600.0
-  step_seconds: float = 900.0
-  eval_seconds: float = 7200.0
-  save_seconds: float = 3600.0
-  meet_seconds: float = 300.0
-  grace_seconds: float = 30.0
+  join_seconds: int = ranged(300, at_least=1)
+  heartbeat_seconds: int = ranged(100, at_least=1)
+  start_seconds: float = ranged(3600.0, above=0)
+  step_seconds: float = ranged(900.0, above=0)
+  eval_seconds: float = ranged(7200.0, above=0)
+  save_seconds: float = ranged(3600.0, above=0)
+  meet_seconds: float = ranged(300.0, above=0)
+  grace_seconds: float = ranged(30.0, above=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,17 +108,17 @@ class RunConfig:
   evaluators: EvaluatorsConfig = EvaluatorsConfig()
   health: HealthConfig = HealthConfig()
   limits: LimitsConfig = LimitsConfig()
-  steps: int = 1000
-  batch_size: int = 8
-  accumulation: int = 1
-  seed: int = 0
-  log_every: int = 10
-  eval_every: int | None = None
-  eval_tokens: int | None = None
-  diagnose_every: int | None = None
-  save_every: int = 1000
-  save_minutes: float | None = None
+  steps: int = ranged(1000, at_least=1)
+  batch_size: int = ranged(8, at_least=1)
+  accumulation: int = ranged(1, at_least=1)
+  seed: int = ranged(0, at_least=0, below=2**63)
+  log_every: int = ranged(10, at_least=1)
+  eval_every: int | None = ranged(None, at_least=1)
+  eval_tokens: int | None = ranged(None, at_least=1)
+  diagnose_every: int | None = ranged(None, at_least=1)
+  save_every: int = ranged(1000, at_least=1)
+  save_minutes: float | None = ranged(None, above=0)
   init_from: str | None = None
   profile: tuple[int, ...] = ()
-  loss_chunk: int = 256
+  loss_chunk: int = ranged(256, at_least=1)
   compilation_cache: str | None = "~/.cache/xlstm_jax"

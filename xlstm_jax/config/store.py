@@ -1,27 +1,24 @@
 """The configuration file of a workdir."""
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 from etils import epath
 
+from xlstm_jax import files
 from xlstm_jax.config import conversion
 from xlstm_jax.config.run import RunConfig
-from xlstm_jax.data import format as files
 from xlstm_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
+_MAX_BYTES = 2**24
 
 
 def save(workdir: epath.PathLike, cfg: RunConfig) -> None:
   """Writes the resolved configuration; readers see the old or the new file."""
   path = epath.Path(workdir) / CONFIG_FILE
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.parent / f".{CONFIG_FILE}.tmp"
-  temporary.write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-  temporary.replace(path)
+  files.write_json(path, dataclasses.asdict(cfg))
 
 
 def load(workdir: epath.PathLike) -> RunConfig:
@@ -35,13 +32,15 @@ def load(workdir: epath.PathLike) -> RunConfig:
     raise UserError(
       f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}."
     )
-  values = files.parse_json(path.read_bytes(), Path(path))
+  advice = "Restore the file, or use another workdir."
+  values = files.read_json(
+    path, dict[str, Any], limit=_MAX_BYTES, advice=advice
+  )
   try:
     return conversion.from_mapping(RunConfig, values)
   except UserError as error:
     raise UserError(
-      f"{path} is not as a run of this version wrote it: {error} Restore the "
-      "file, or use another workdir."
+      f"{path} is not as a run of this version wrote it: {error} {advice}"
     ) from error
 
 

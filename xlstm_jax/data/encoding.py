@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xlstm_jax.data import documents, tokenizer
-from xlstm_jax.data import format as files
+from xlstm_jax.data import documents, layout, tokenizer
 from xlstm_jax.data.readers.reader import Document, Place, Problem, Unit
 
 _ENDS_INSIDE = "its text cannot be told from the end of a text"
@@ -81,7 +80,7 @@ class Encoder:
       empty += parsed.empty
     names = dict.fromkeys(document.source for document in found)
     sources = {name: i for i, name in enumerate(names)}
-    chosen = {name: [] for name in files.SPLITS}
+    chosen = {name: [] for name in layout.SPLITS}
     for document in found:
       chosen[split_of(document.text, self._heldout_fraction)].append(document)
     splits = {}

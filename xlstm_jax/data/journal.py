@@ -9,10 +9,14 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from xlstm_jax.data import documents, writer
-from xlstm_jax.data import format as files
+from msgspec import Meta
+
+from xlstm_jax import files
+from xlstm_jax.data import documents, layout, writer
+from xlstm_jax.data.layout import Count
+from xlstm_jax.data.readers.reader import Place
 from xlstm_jax.errors import UserError
 
 _VERSION = 1
@@ -42,23 +46,32 @@ class Journal:
   listing: str
   sizes: str
   tokenizer: str = ""
-  place: documents.Place = documents.Place()
+  place: Place = Place()
   sources: list[str] = dataclasses.field(default_factory=list)
   splits: dict[str, writer.SplitState] = dataclasses.field(
     default_factory=lambda: {
-      name: writer.SplitState.empty() for name in files.SPLITS
+      name: writer.SplitState.empty() for name in layout.SPLITS
     }
   )
-  skipped: int = 0
-  empty_files: int = 0
-  empty_lines: int = 0
-  rules: int = documents.RULES
+  skipped: Count = 0
+  empty_files: Count = 0
+  empty_lines: Count = 0
+  rules: Annotated[int, Meta(ge=1, le=documents.RULES)] = documents.RULES
+
+  def __post_init__(self):
+    if {*self.splits} != {*layout.SPLITS}:
+      raise ValueError(f"the splits must be {' and '.join(layout.SPLITS)}")
+    for name, split in self.splits.items():
+      if len(split.counts) > len(self.sources):
+        raise ValueError(f"{name} has more counts than there are sources")
+      if not all(shard.name.startswith(f"{name}-") for shard in split.shards):
+        raise ValueError(f"{name} has a shard of another name")
 
   @property
-  def totals(self) -> dict[str, files.Counts]:
+  def totals(self) -> dict[str, layout.Counts]:
     """The counts of each split over all sources."""
     return {
-      name: sum(state.counts, files.Counts())
+      name: sum(state.counts, layout.NO_COUNTS)
       for name, state in self.splits.items()
     }
 
@@ -66,8 +79,7 @@ class Journal:
     """Replaces the journal of `directory` atomically."""
     content = dataclasses.asdict(self)
     data = {"version": _VERSION, **content, "hash": _digest(content)}
-    text = json.dumps(data, indent=1)
-    files.write_atomically(directory / files.PROGRESS, f"{text}\n".encode())
+    files.write_json(directory / layout.PROGRESS, data)
 
 
 def load(directory: Path) -> Journal | None:
@@ -76,11 +88,11 @@ def load(directory: Path) -> Journal | None:
   Raises:
     UserError: it was altered, or another version of this program wrote it.
   """
-  path = directory / files.PROGRESS
+  path = directory / layout.PROGRESS
   if not path.exists():
     return None
-  data = files.parse_json(files.read_regular_file(path, limit=_MAX_BYTES), path)
-  if not isinstance(data, dict) or data.pop("version", None) != _VERSION:
+  data = files.read_json(path, dict[str, Any], limit=_MAX_BYTES)
+  if data.pop("version", None) != _VERSION:
     raise UserError(
       f"{path} is of another version of this program; use another --output."
     )
@@ -90,49 +102,10 @@ def load(directory: Path) -> Journal | None:
       f"{path} was altered: it does not have the hash it states; delete "
       f"{directory} and prepare again."
     )
-  return _from_fields(files.Fields(data, path))
-
-
-def _from_fields(fields: files.Fields) -> Journal:
-  place = fields.get("place", list, "a list")
-  if [type(number) for number in place] != [int] * 4 or min(place) < 0:
-    raise fields.error("place", "four numbers", place)
-  sources = fields.get("sources", list, "a list")
-  if not all(type(name) is str for name in sources):
-    raise fields.error("sources", "a list of names", sources)
-  splits = fields.fields("splits")
-  # Version 1 of the rules had no number and counted empty lines as bad.
-  numbered = "rules" in fields.names()
-  return Journal(
-    settings=fields.get("settings", dict, "an object"),
-    listing=fields.get("listing", str, "a string"),
-    sizes=fields.get("sizes", str, "a string"),
-    tokenizer=fields.get("tokenizer", str, "a string"),
-    place=documents.Place(*place),
-    sources=sources,
-    splits={
-      name: _split_state(splits.fields(name), name, sources)
-      for name in files.SPLITS
-    },
-    skipped=fields.integer("skipped", 0, 2**63),
-    empty_files=fields.integer("empty_files", 0, 2**63),
-    empty_lines=fields.integer("empty_lines", 0, 2**63) if numbered else 0,
-    rules=fields.integer("rules", 2, documents.RULES) if numbered else 1,
-  )
-
-
-def _split_state(
-  fields: files.Fields, name: str, sources: list[str]
-) -> writer.SplitState:
-  counts = [files.counts_of(item) for item in fields.items("counts")]
-  if len(counts) > len(sources):
-    raise fields.error("counts", "at most one a source", len(counts))
-  return writer.SplitState(
-    shards=[files.shard_of(item, name) for item in fields.items("shards")],
-    open_entries=fields.integer("open_entries", 0, files.MAX_SHARD_TOKENS),
-    open_documents=fields.integer("open_documents", 0, files.MAX_SHARD_TOKENS),
-    counts=counts,
-  )
+  # The first rules had no number and took empty lines for bad ones.
+  data.setdefault("rules", 1)
+  advice = f"Delete {directory} and prepare again."
+  return files.convert(data, Journal, path, advice=advice)
 
 
 def _digest(content: dict[str, Any]) -> str:

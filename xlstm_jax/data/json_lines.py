@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any
 
-from xlstm_jax.data import format as files
+from xlstm_jax.data import layout
 
 SOURCE_KEY = "redpajama_set_name"
 
@@ -57,9 +57,9 @@ def source_name(name: object) -> str:
   """Checks the name of a source; a ValueError says what is wrong."""
   if not isinstance(name, str) or not name or not name.isprintable():
     raise ValueError(f"the source {str(name)[:40]!r} is not a printable name")
-  if len(name) > files.MAX_SOURCE_NAME:
+  if len(name) > layout.MAX_SOURCE_NAME:
     raise ValueError(
-      f"the source name is longer than {files.MAX_SOURCE_NAME} characters"
+      f"the source name is longer than {layout.MAX_SOURCE_NAME} characters"
     )
   return name
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from xlstm_jax.data import shards
 from xlstm_jax.errors import UserError
+from xlstm_jax.ranges import ranged
 
 Batch = dict[str, np.ndarray]
 
@@ -54,11 +55,11 @@ class DataConfig:
 
   paths: tuple[str, ...] = ()
   weights: tuple[float, ...] | None = None
-  context: int = 2048
+  context: int = ranged(2048, at_least=1)
   shuffle: bool = True
   seed: int = 0
-  threads: int = 2
-  prefetch: int = 16
+  threads: int = ranged(2, at_least=0)
+  prefetch: int = ranged(16, at_least=0)
   verify: shards.Verify = "auto"
   accept_changes: bool = False
 

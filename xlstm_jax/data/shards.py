@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 
-from xlstm_jax.data import format as files
+from xlstm_jax.data import layout
 from xlstm_jax.errors import UserError
 
 Verify = Literal["auto", "opening", "first_use"]
@@ -91,20 +91,20 @@ class _Column:
 class _ShardFiles:
   """The files of one shard, and which of their blocks were checked."""
 
-  def __init__(self, directory: Path, shard: files.Shard, dtype: np.dtype):
+  def __init__(self, directory: Path, shard: layout.Shard, dtype: np.dtype):
     self.shard = shard
     self.tokens_path = directory / f"{shard.name}.tokens"
     self.index_path = directory / f"{shard.name}.index"
     self.dtype = dtype
     self.entries = shard.tokens + 1
-    self.per_block = files.BLOCK_BYTES // dtype.itemsize
-    self.blocks = files.block_count(self.entries, dtype)
+    self.per_block = layout.BLOCK_BYTES // dtype.itemsize
+    self.blocks = layout.block_count(self.entries, dtype)
     self.unchecked = self.blocks
     self.checked = np.zeros(self.blocks, np.bool_)
 
   def check_sizes(self) -> None:
     _check_file(self.tokens_path, self.entries * self.dtype.itemsize)
-    _check_file(self.index_path, files.index_bytes(self.shard, self.dtype))
+    _check_file(self.index_path, layout.index_bytes(self.shard, self.dtype))
 
   def open_tokens(self) -> _Column:
     return _Column(self.tokens_path, self.dtype, 0, self.entries)
@@ -112,13 +112,15 @@ class _ShardFiles:
   def open_documents(self) -> _Column:
     return _Column(
       self.index_path,
-      files.DOCUMENT,
-      files.HEADER_BYTES,
+      layout.DOCUMENT,
+      layout.HEADER_BYTES,
       self.shard.documents,
     )
 
   def open_checksums(self) -> _Column:
-    start = files.HEADER_BYTES + files.DOCUMENT.itemsize * self.shard.documents
+    start = (
+      layout.HEADER_BYTES + layout.DOCUMENT.itemsize * self.shard.documents
+    )
     return _Column(self.index_path, np.dtype("<u4"), start, self.blocks)
 
 
@@ -129,13 +131,13 @@ class Split:
   more.
   """
 
-  def __init__(self, directory: Path, name: str, manifest: files.Manifest):
+  def __init__(self, directory: Path, name: str, manifest: layout.Manifest):
     split = manifest.splits[name]
     self.directory = directory
     self.name = name
     self.manifest = manifest
     self.sources = manifest.sources
-    self.counts: Mapping[str, files.Counts] = split.sources
+    self.counts: Mapping[str, layout.Counts] = split.sources
     self.dtype = manifest.dtype
     self.end_of_text = manifest.tokenizer.end_of_text
     self.vocab_size = manifest.tokenizer.vocab_size
@@ -247,7 +249,7 @@ class Split:
   def _of_documents(self, field: str) -> np.ndarray:
     tables = map(self._documents_of, range(len(self._shards)))
     values = [table[:][field] for table in tables]
-    return np.concatenate([np.empty(0, files.DOCUMENT[field]), *values])
+    return np.concatenate([np.empty(0, layout.DOCUMENT[field]), *values])
 
   def chunks(self, positions: int = 2**20) -> Iterator[tuple[int, np.ndarray]]:
     """The stream in pieces of at most `positions` inputs, for counting n-grams.
@@ -277,8 +279,8 @@ class Split:
       if zlib.crc32(part) != expected[block]:
         raise UserError(
           f"{shard.tokens_path} was altered: block {block} (bytes "
-          f"{block * files.BLOCK_BYTES} to "
-          f"{block * files.BLOCK_BYTES + part.nbytes}) does not have its "
+          f"{block * layout.BLOCK_BYTES} to "
+          f"{block * layout.BLOCK_BYTES + part.nbytes}) does not have its "
           "checksum; restore the file or prepare the data again."
         )
       if int(part.max()) >= self.vocab_size:
@@ -329,7 +331,7 @@ def open_split(
       truncated or altered; the message names the file.
   """
   directory = Path(directory)
-  manifest = files.read_manifest(directory)
+  manifest = layout.read_manifest(directory)
   if split not in manifest.splits:
     raise UserError(
       f"{directory} has the splits {', '.join(manifest.splits)}, not {split}."
@@ -340,14 +342,14 @@ def open_split(
       f"The split {split} of {directory} is empty; prepare it with another "
       "--heldout-fraction."
     )
-  counts = [files.Counts()] * len(result.sources)
+  counts = [layout.NO_COUNTS] * len(result.sources)
   for shard in result._shards:
     shard.check_sizes()
     _check_index(shard, manifest.tokenizer, counts)
   if dict(zip(result.sources, counts, strict=True)) != dict(result.counts):
     raise UserError(
       f"The indices of {directory} do not add up to the counts of its "
-      f"{files.MANIFEST}; prepare the data again."
+      f"{layout.MANIFEST}; prepare the data again."
     )
   small = result.tokens * result.dtype.itemsize < VERIFY_AT_OPENING_BYTES
   if verify == "opening" or (verify == "auto" and small):
@@ -412,12 +414,12 @@ def _check_file(path: Path, size: int) -> None:
 
 def _check_index(
   shard: _ShardFiles,
-  tokenizer: files.TokenizerSpec,
-  counts: list[files.Counts],
+  tokenizer: layout.TokenizerSpec,
+  counts: list[layout.Counts],
 ) -> None:
   """Checks a shard's index and adds what it lists to `counts` per source."""
   path = shard.index_path
-  size = files.index_bytes(shard.shard, shard.dtype)
+  size = layout.index_bytes(shard.shard, shard.dtype)
   content = _Column(path, np.dtype(np.uint8), 0, size)
   crc32 = 0
   for first in range(0, size, _ROWS_PER_CHECK):
@@ -427,8 +429,8 @@ def _check_index(
       f"{path} was altered: it does not have the checksum in the manifest; "
       "restore the file or prepare the data again."
     )
-  header = files.index_header(shard.shard, tokenizer)
-  if content[: files.HEADER_BYTES].tobytes() != header:
+  header = layout.index_header(shard.shard, tokenizer)
+  if content[: layout.HEADER_BYTES].tobytes() != header:
     raise UserError(f"{path} does not belong to its manifest (wrong header).")
   table = shard.open_documents()
   expected_start = 1
@@ -445,12 +447,12 @@ def _check_index(
     raise UserError(f"{path} has an inconsistent document table.")
 
 
-def _add_counts(rows: np.ndarray, counts: list[files.Counts]) -> None:
+def _add_counts(rows: np.ndarray, counts: list[layout.Counts]) -> None:
   for source in np.unique(rows["source"]).tolist():
     chosen = rows[rows["source"] == source]
     tokens = int(chosen["length"].sum(dtype=np.int64)) + len(chosen)
     size = int(chosen["bytes"].sum(dtype=np.int64))
-    counts[source] += files.Counts(len(chosen), tokens, size)
+    counts[source] += layout.Counts(len(chosen), tokens, size)
 
 
 def _start(row: np.void) -> int:

@@ -15,7 +15,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from xlstm_jax.data import format as files
+from xlstm_jax import files
+from xlstm_jax.data import layout
 from xlstm_jax.errors import UserError
 
 SPEC_FILE = "tokenizer_spec.json"
@@ -106,15 +107,15 @@ class Tokenizer(abc.ABC):
   hash: str
 
   @property
-  def spec(self) -> files.TokenizerSpec:
-    return files.TokenizerSpec(
+  def spec(self) -> layout.TokenizerSpec:
+    return layout.TokenizerSpec(
       self.kind, self.hash, self.vocab_size, self.end_of_text
     )
 
   @property
   def dtype(self) -> np.dtype:
     """Little-endian uint16 or uint32."""
-    return files.token_dtype(self.vocab_size)
+    return layout.token_dtype(self.vocab_size)
 
   def encode(self, text: str) -> np.ndarray:
     """The ids of one text, without an end-of-text."""
@@ -164,8 +165,8 @@ class Tokenizer(abc.ABC):
 
   def save(self, directory: str | os.PathLike[str]) -> None:
     """Writes what `load(directory)` needs."""
-    data = json.dumps(dataclasses.asdict(self.spec), indent=1)
-    files.write_atomically(Path(directory) / SPEC_FILE, f"{data}\n".encode())
+    spec = dataclasses.asdict(self.spec)
+    files.write_json(Path(directory) / SPEC_FILE, spec)
 
 
 class ByteTokenizer(Tokenizer):
@@ -220,7 +221,7 @@ class HuggingFaceTokenizer(Tokenizer):
       UserError: the file is no tokenizer, or has no known end-of-text token.
     """
     self._data = data
-    content = files.parse_json(data, path)
+    content = files.parse_json(data, dict[str, Any], path)
     name, self.end_of_text = _find_end_of_text(
       build(content, path), path, end_of_text
     )
@@ -231,7 +232,7 @@ class HuggingFaceTokenizer(Tokenizer):
     self._tokenizer.encode_special_tokens = True
     ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
     self.vocab_size = max(ids) + 1
-    if self.vocab_size > files.MAX_VOCAB_SIZE:
+    if self.vocab_size > layout.MAX_VOCAB_SIZE:
       raise UserError(f"{path} has the id {self.vocab_size - 1}: too large.")
     identity = b"%d\n%s" % (self.end_of_text, data)
     self.hash = hashlib.sha256(identity).hexdigest()
@@ -273,7 +274,7 @@ class HuggingFaceTokenizer(Tokenizer):
     return json.dumps(plain).encode()
 
   def save(self, directory: str | os.PathLike[str]) -> None:
-    files.write_atomically(Path(directory) / HUGGING_FACE_FILE, self._data)
+    files.write(Path(directory) / HUGGING_FACE_FILE, self._data)
     super().save(directory)
 
   def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -393,7 +394,7 @@ def load(
       f"There is no tokenizer at {path}; give the path of a tokenizer.json, or "
       f"{ByteTokenizer.kind}."
     )
-  data = files.read_regular_file(path, limit=_MAX_FILE_BYTES)
+  data = files.read(path, limit=_MAX_FILE_BYTES)
   return HuggingFaceTokenizer(data, path, end_of_text)
 
 
@@ -442,13 +443,14 @@ def training_parts(text: str) -> Iterator[str]:
 
 def _load_saved(directory: Path) -> Tokenizer:
   path = directory / SPEC_FILE
-  data = files.read_regular_file(path, limit=2**20)
-  spec = files.tokenizer_spec(files.parse_json(data, path), path)
+  spec = files.read_json(
+    path, layout.TokenizerSpec, limit=2**20, advice="Restore the file."
+  )
   if spec.kind == ByteTokenizer.kind:
     tokenizer = ByteTokenizer()
   else:
     path = directory / HUGGING_FACE_FILE
-    data = files.read_regular_file(path, limit=_MAX_FILE_BYTES)
+    data = files.read(path, limit=_MAX_FILE_BYTES)
     tokenizer = HuggingFaceTokenizer(data, path, spec.end_of_text)
   if tokenizer.spec != spec:
     raise UserError(

@@ -11,10 +11,12 @@ import os
 import re
 import zlib
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta
 
-from xlstm_jax.data import format as files
+from xlstm_jax.data import layout
 from xlstm_jax.errors import UserError
 
 _SHARD_FILE = re.compile(r"(train|heldout)-\d+\.(tokens|index)")
@@ -28,10 +30,10 @@ class SplitState:
   entry for each source id.
   """
 
-  shards: list[files.Shard]
-  open_entries: int
-  open_documents: int
-  counts: list[files.Counts]
+  shards: list[layout.Shard]
+  open_entries: Annotated[int, Meta(ge=0, le=layout.MAX_SHARD_TOKENS)]
+  open_documents: Annotated[int, Meta(ge=0, le=layout.MAX_SHARD_TOKENS)]
+  counts: list[layout.Counts]
 
   @classmethod
   def empty(cls) -> "SplitState":
@@ -49,7 +51,7 @@ class SplitWriter:
     self,
     directory: Path,
     name: str,
-    tokenizer: files.TokenizerSpec,
+    tokenizer: layout.TokenizerSpec,
     *,
     shard_entries: int,
     state: SplitState,
@@ -57,7 +59,7 @@ class SplitWriter:
     self._directory = directory
     self._name = name
     self._tokenizer = tokenizer
-    self._dtype = files.token_dtype(tokenizer.vocab_size)
+    self._dtype = layout.token_dtype(tokenizer.vocab_size)
     self._shard_entries = shard_entries
     self._shards = list(state.shards)
     self._counts = list(state.counts)
@@ -125,10 +127,10 @@ class SplitWriter:
   ) -> None:
     for source in np.unique(sources).tolist():
       while len(self._counts) <= source:
-        self._counts.append(files.Counts())
+        self._counts.append(layout.NO_COUNTS)
       chosen = sources == source
       documents = int(np.count_nonzero(chosen))
-      self._counts[source] += files.Counts(
+      self._counts[source] += layout.Counts(
         documents=documents,
         tokens=int(lengths[chosen].sum(dtype=np.int64)) + documents,
         bytes=int(sizes[chosen].sum(dtype=np.int64)),
@@ -173,13 +175,13 @@ class _OpenShard:
 
   def create(self, end_of_text: int) -> None:
     self._open("wb")
-    self._index.write(bytes(files.HEADER_BYTES))
+    self._index.write(bytes(layout.HEADER_BYTES))
     self._write_tokens(np.array([end_of_text], self._dtype))
 
   def restore(self, entries: int, documents: int) -> None:
     """Continues a shard whose first `entries` and `documents` are durable."""
     tokens_bytes = entries * self._dtype.itemsize
-    index_bytes = files.HEADER_BYTES + documents * files.DOCUMENT.itemsize
+    index_bytes = layout.HEADER_BYTES + documents * layout.DOCUMENT.itemsize
     for path, size in (
       (self._tokens_path, tokens_bytes),
       (self._index_path, index_bytes),
@@ -203,12 +205,12 @@ class _OpenShard:
     sources: np.ndarray,
     sizes: np.ndarray,
   ) -> None:
-    if self.entries + len(tokens) > files.MAX_SHARD_TOKENS:
+    if self.entries + len(tokens) > layout.MAX_SHARD_TOKENS:
       raise UserError(
-        f"Shard {self._name} would exceed {files.MAX_SHARD_TOKENS} tokens; "
+        f"Shard {self._name} would exceed {layout.MAX_SHARD_TOKENS} tokens; "
         "lower --shard-size or --max-document-size."
       )
-    rows = np.empty(len(lengths), files.DOCUMENT)
+    rows = np.empty(len(lengths), layout.DOCUMENT)
     ends = self.entries + np.cumsum(lengths.astype(np.int64) + 1)
     rows["start"] = ends - lengths - 1
     rows["length"] = lengths
@@ -223,12 +225,12 @@ class _OpenShard:
       file.flush()
       os.fsync(file.fileno())
 
-  def finish(self, tokenizer: files.TokenizerSpec) -> files.Shard:
+  def finish(self, tokenizer: layout.TokenizerSpec) -> layout.Shard:
     """Completes the index, makes both files durable and closes them."""
     self._index.write(self._checksums.result().data)
     self._index.flush()
-    shard = files.Shard(self._name, self.documents, self.entries - 1, 0)
-    header = files.index_header(shard, tokenizer)
+    shard = layout.Shard(self._name, self.documents, self.entries - 1, 0)
+    header = layout.index_header(shard, tokenizer)
     crc = zlib.crc32(header)
     with open(self._index_path, "r+b") as file:
       file.write(header)
@@ -267,11 +269,11 @@ class _BlockChecksums:
     view = memoryview(data)
     start = 0
     while start < len(view):
-      stop = min(start + files.BLOCK_BYTES - self._filled, len(view))
+      stop = min(start + layout.BLOCK_BYTES - self._filled, len(view))
       self._crc = zlib.crc32(view[start:stop], self._crc)
       self._filled += stop - start
       start = stop
-      if self._filled == files.BLOCK_BYTES:
+      if self._filled == layout.BLOCK_BYTES:
         self._done.append(self._crc)
         self._crc, self._filled = 0, 0
 

@@ -2,19 +2,18 @@
 
 import argparse
 import contextlib
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
-from xlstm_jax import ngrams, paths, sharding, trained
+from xlstm_jax import files, ngrams, paths, sharding, trained
 from xlstm_jax.config import RunConfig
-from xlstm_jax.data.format import SPLITS
+from xlstm_jax.data.layout import SPLITS
 from xlstm_jax.data.shards import Split, open_split
 from xlstm_jax.errors import UserError, exit_code
 from xlstm_jax.evaluators import table as evaluators
@@ -103,7 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n" + "\n".join(lines), flush=True)
     report["figures"] = {n: _finite(value) for n, value in figures.items()}
   if options.json is not None:
-    _write_json(options.json, report)
+    path = Path(options.json)
+    with files.writing(path):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      files.write_json(path, report)
   return 0
 
 
@@ -314,15 +316,6 @@ def _as_json(
 def _finite(value: float | None) -> float | None:
   """JSON has no infinity and no NaN, which a diverged model reaches."""
   return value if value is not None and math.isfinite(value) else None
-
-
-def _write_json(file: str, report: Mapping[str, Any]) -> None:
-  path = epath.Path(file)
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
-  except OSError as error:
-    raise UserError(f"{file} cannot be written: {error.strerror}.") from error
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def export_folder(
   workdir.require_empty(target)
   run = config.load(source)
   tokenizer = workdir.read_tokenizer(source)
-  kept = Options(workdir.read_kept(source))
+  kept = workdir.read_kept(source)
   names = {name: name for name in _DTYPES}
   stored_as: str = dtype or kept.choice("dtype", names, "float32")
   content = large.hugging_face_config(

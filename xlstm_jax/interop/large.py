@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from xlstm_jax.errors import UserError, shown
 from xlstm_jax.interop.names import ALL, Format, Part, Tensor, tensor
-from xlstm_jax.interop.options import NO_CAP, Options
+from xlstm_jax.interop.options import NO_CAP, Factor, Number, Options, Size
 from xlstm_jax.layers.feedforward import FeedForwardConfig
 from xlstm_jax.layers.norm import NormConfig
 from xlstm_jax.mixers.mlstm_large import MLSTMLargeConfig
@@ -140,39 +140,35 @@ def model_config(content: Mapping[str, Any]) -> ModelConfig:
   for name in ("add_qk_norm", "add_post_norm"):
     options.refuse(name, "the format's own implementations do not have it")
   _refuse_sigmoid_gates(options)
-  bias = options.flag("use_bias", False)
-  norm_eps = options.number("norm_eps", 1e-6)
+  bias = options.get("use_bias", bool, False)
+  norm_eps = options.get("norm_eps", Number, 1e-6)
   return ModelConfig(
-    vocab_size=options.integer(
-      "vocab_size", 50304 if hugging_face else None, minimum=1
-    ),
+    vocab_size=options.get("vocab_size", Size, 50304 if hugging_face else None),
     width=_size(options, "hidden_size", "embedding_dim", 4096, hugging_face),
     num_blocks=_size(
       options, "num_hidden_layers", "num_blocks", 32, hugging_face
     ),
     mlstm_block="large",
     mlstm_large=MLSTMLargeConfig(
-      num_heads=options.integer(
-        "num_heads", 8 if hugging_face else None, minimum=1
-      ),
-      qk_factor=options.factor("qk_dim_factor", 0.5),
-      v_factor=options.factor("v_dim_factor", 1.0),
+      num_heads=options.get("num_heads", Size, 8 if hugging_face else None),
+      qk_factor=options.get("qk_dim_factor", Factor, 0.5),
+      v_factor=options.get("v_dim_factor", Factor, 1.0),
       gate_cap=options.cap("gate_soft_cap", 15.0),
-      eps=options.number("eps", 1e-6),
+      eps=options.get("eps", Number, 1e-6),
       bias=bias,
     ),
     feedforward=FeedForwardConfig(
-      factor=options.factor(
-        "ffn_proj_factor", 2.667 if hugging_face else 2.6667
+      factor=options.get(
+        "ffn_proj_factor", Factor, 2.667 if hugging_face else 2.6667
       ),
-      round_to=options.integer("ffn_round_up_to_multiple_of", 64, minimum=1),
+      round_to=options.get("ffn_round_up_to_multiple_of", Size, 64),
       rounding="floor",
       activation="silu",
       bias=bias,
     ),
     norm=NormConfig("rms", norm_eps, "direct", bias=bias),
     head_norm=NormConfig("layer", norm_eps, "direct", bias=bias),
-    out_norm=hugging_face or options.flag("add_out_norm", True),
+    out_norm=hugging_face or options.get("add_out_norm", bool, True),
     out_norm_bias=not hugging_face,
     logit_cap=options.cap("output_logit_soft_cap", 30.0),
   )
@@ -288,10 +284,8 @@ def _refuse_sigmoid_gates(options: Options) -> None:
 
 
 def _size(options, name, alias, default, hugging_face) -> int:
-  """A size that either of two options may give."""
-  given = {
-    n: options.integer(n, minimum=1) for n in (name, alias) if options.has(n)
-  }
+  """A size that two options may give."""
+  given = {n: options.get(n, Size) for n in (name, alias) if options.has(n)}
   if len(set(given.values())) > 1:
     raise UserError(
       f"The configuration gives {name} as {given[name]} and {alias} as "
@@ -299,7 +293,7 @@ def _size(options, name, alias, default, hugging_face) -> int:
     )
   if given:
     return next(iter(given.values()))
-  return options.integer(name, default if hugging_face else None, minimum=1)
+  return options.get(name, Size, default if hugging_face else None)
 
 
 def their_factor(feedforward: FeedForwardConfig, width: int) -> float:

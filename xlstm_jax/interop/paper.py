@@ -35,7 +35,14 @@ from xlstm_jax import config, paths
 from xlstm_jax.errors import UserError, exit_code, shown
 from xlstm_jax.interop import tensor_files, workdir
 from xlstm_jax.interop.names import ALL, Format, NameMap, tensor
-from xlstm_jax.interop.options import Options
+from xlstm_jax.interop.options import (
+  Factor,
+  Number,
+  Options,
+  Rate,
+  Size,
+  Window,
+)
 from xlstm_jax.interop.tensor_files import StoredTensor
 from xlstm_jax.layers.feedforward import FeedForwardConfig
 from xlstm_jax.layers.norm import NormConfig
@@ -231,9 +238,8 @@ def export_folder(
   """
   workdir.require_empty(target)
   run = config.load(source)
-  context = Options(workdir.read_kept(source)).integer(
-    _CONTEXT, run.data.context, minimum=1
-  )
+  kept = workdir.read_kept(source)
+  context = kept.get(_CONTEXT, Size, run.data.context)
   content = paper_config(run.model, context=context, slstm_layout=slstm_layout)
   names = NameMap(
     tensor_format(slstm_layout=slstm_layout),
@@ -258,11 +264,11 @@ def model_config(content: Mapping[str, Any]) -> ModelConfig:
       that this project does not have.
   """
   options = Options(content)
-  width = options.integer("embedding_dim", minimum=1)
-  num_blocks = options.integer("num_blocks", minimum=1)
+  width = options.get("embedding_dim", Size)
+  num_blocks = options.get("num_blocks", Size)
   slstm_at = _slstm_at(options, num_blocks)
   return ModelConfig(
-    vocab_size=options.integer("vocab_size", minimum=1),
+    vocab_size=options.get("vocab_size", Size),
     width=width,
     num_blocks=num_blocks,
     slstm_at=slstm_at,
@@ -273,10 +279,10 @@ def model_config(content: Mapping[str, Any]) -> ModelConfig:
     else FeedForwardConfig(),
     norm=_NORM,
     head_norm=_NORM,
-    out_norm=options.flag("add_post_blocks_norm", True),
-    tie_embeddings=options.flag("tie_weights", False),
-    dropout=options.rate("dropout", 0.0),
-    embedding_dropout=options.flag("add_embedding_dropout", False),
+    out_norm=options.get("add_post_blocks_norm", bool, True),
+    tie_embeddings=options.get("tie_weights", bool, False),
+    dropout=options.get("dropout", Rate, 0.0),
+    embedding_dropout=options.get("add_embedding_dropout", bool, False),
   )
 
 
@@ -294,16 +300,16 @@ def _slstm_at(options: Options, num_blocks: int) -> tuple[int, ...]:
 
 def _mlstm(options: Options, width: int) -> MLSTMConfig:
   mlstm = options.sub("mlstm_block").sub("mlstm")
-  round_to = mlstm.integer("round_proj_up_to_multiple_of", 64, minimum=1)
+  round_to = mlstm.get("round_proj_up_to_multiple_of", Size, 64)
   return MLSTMConfig(
-    num_heads=mlstm.integer("num_heads", 4, minimum=1),
+    num_heads=mlstm.get("num_heads", Size, 4),
     factor=_factor(mlstm, 2.0, width, round_to),
     round_to=round_to,
-    conv_window=mlstm.integer("conv1d_kernel_size", 4, minimum=0),
-    qkv_block=mlstm.integer("qkv_proj_blocksize", 4, minimum=1),
-    # A constant upstream; configurations that change it have this key.
-    eps=options.number("mlstm_cell_eps", _CELL_EPS),
-    bias=options.flag("bias", False),
+    conv_window=mlstm.get("conv1d_kernel_size", Window, 4),
+    qkv_block=mlstm.get("qkv_proj_blocksize", Size, 4),
+    # A constant upstream, and a key of configurations that change it.
+    eps=options.get("mlstm_cell_eps", Number, _CELL_EPS),
+    bias=options.get("bias", bool, False),
   )
 
 
@@ -318,17 +324,17 @@ def _slstm(block: Options) -> SLSTMConfig:
   )
   return SLSTMConfig(
     cell=slstm.choice("function", {"slstm": "slstm", "lstm": "lstm"}, "slstm"),
-    num_heads=slstm.integer("num_heads", 4, minimum=1),
-    conv_window=slstm.integer("conv1d_kernel_size", 4, minimum=0),
-    # Upstream accepts any name here, and an import does not need the meaning.
+    num_heads=slstm.get("num_heads", Size, 4),
+    conv_window=slstm.get("conv1d_kernel_size", Window, 4),
+    # Upstream takes any name here, "zeros" for one; to an import it is nothing.
     recurrent_init=_RECURRENT_INITS.get(
-      slstm.text("recurrent_weight_init", "zeros"), "zeros"
+      slstm.get("recurrent_weight_init", str, "zeros"), "zeros"
     ),
     bias_init=_BIAS_INITS.get(
-      slstm.text("bias_init", "powerlaw_blockdependent"), "power_law"
+      slstm.get("bias_init", str, "powerlaw_blockdependent"), "power_law"
     ),
-    head_norm_scale=slstm.flag("group_norm_weight", True),
-    # A missing key means that there is a feed-forward, null that there is none.
+    head_norm_scale=slstm.get("group_norm_weight", bool, True),
+    # Where nothing is said of it, there is one; null says that there is none.
     feedforward="feedforward" not in block.values or block.has("feedforward"),
   )
 
@@ -336,20 +342,20 @@ def _slstm(block: Options) -> SLSTMConfig:
 def _feedforward(options: Options, width: int) -> FeedForwardConfig:
   feedforward = options.sub("slstm_block").sub("feedforward")
   feedforward.choice("ff_type", {"ffn_gated": None}, "ffn_gated")
-  round_to = feedforward.integer("round_proj_up_to_multiple_of", 64, minimum=1)
+  round_to = feedforward.get("round_proj_up_to_multiple_of", Size, 64)
   return FeedForwardConfig(
     factor=_factor(feedforward, 1.3, width, round_to),
     round_to=round_to,
     activation=feedforward.choice("act_fn", _ACTIVATIONS, "gelu"),
-    bias=feedforward.flag("bias", False),
-    dropout=feedforward.rate("dropout", 0.0),
+    bias=feedforward.get("bias", bool, False),
+    dropout=feedforward.get("dropout", Rate, 0.0),
   )
 
 
 def _factor(options: Options, default: float, width: int, round_to: int):
-  """A projection factor with which our rounding up gives their size."""
-  factor = options.factor("proj_factor", default)
-  if options.flag("round_proj_up_dim_up", True):
+  """The projection factor; it makes our rounding up give their size."""
+  factor = options.get("proj_factor", Factor, default)
+  if options.get("round_proj_up_dim_up", bool, True):
     return factor
   size = math.floor(factor * width / round_to) * round_to
   factor = size / width

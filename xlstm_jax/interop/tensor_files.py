@@ -9,14 +9,16 @@ import collections
 import dataclasses
 import json
 import math
-import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
+import msgspec
 import numpy as np
+from msgspec import Meta
 
+from xlstm_jax import files
 from xlstm_jax.errors import UserError, shown
 
 SINGLE = "model.safetensors"
@@ -32,6 +34,21 @@ _MAX_HEADER = 100_000_000
 _MAX_AXES = 32
 _NAMES_SHOWN = 8
 _NAME_LENGTH = 200
+_ADVICE = "Fetch it again."
+
+
+class _Entry(msgspec.Struct):
+  """What the header of a file says of a tensor."""
+
+  dtype: str
+  shape: Annotated[
+    tuple[Annotated[int, Meta(ge=0)], ...], Meta(max_length=_MAX_AXES)
+  ]
+  data_offsets: tuple[int, int]
+
+
+class _Index(msgspec.Struct):
+  weight_map: Annotated[dict[str, str], Meta(min_length=1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +94,13 @@ def open_file(path: pathlib.Path) -> dict[str, StoredTensor]:
       length = int.from_bytes(file.read(8), "little")
       if size < 8 or length > min(size - 8, _MAX_HEADER):
         raise _damaged(path, "its first bytes do not give the header's length")
-      header = _parse(path, file.read(length))
+      header = _header(path, file.read(length))
   except OSError as error:
     raise UserError(f"{path} cannot be read: {error.strerror}.") from None
   start = 8 + length
   tensors, end = {}, start
-  for name, entry in _in_order(path, header):
-    spec, (first, last) = _entry(path, name, entry)
+  for name, entry in sorted(header.items(), key=_first_byte):
+    spec, (first, last) = _spec(path, name, entry), entry.data_offsets
     if start + first != end or last - first != spec.nbytes:
       raise _damaged(
         path, f"the header places {shown(name)} at bytes {first} to {last}"
@@ -193,13 +210,14 @@ def write_file(
       flat = np.ascontiguousarray(value).reshape(-1)
       file.write(flat.view(np.uint8).data)
 
-  _write_whole(path, write)
+  with files.writing(path):
+    files.write(path, write)
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-  """Writes readable JSON; the file appears once it is complete."""
-  text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-  _write_whole(path, lambda file: file.write(text.encode()))
+  """Writes readable JSON; the file appears once it is whole."""
+  with files.writing(path):
+    files.write_json(path, content, sort_keys=True)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -208,35 +226,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   Raises:
     UserError: the file holds none, or cannot be read.
   """
-  try:
-    if path.stat().st_size > _MAX_HEADER:
-      raise UserError(f"{path} has more than {_MAX_HEADER} bytes.")
-    text = path.read_text(encoding="utf-8")
-  except FileNotFoundError:
-    raise UserError(f"There is no file {path}.") from None
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"{path} cannot be read: {error}.") from None
-  try:
-    content = json.loads(text)
-  # Malformed JSON, too deep nesting, or numbers with too many digits.
-  except (ValueError, RecursionError) as error:
-    raise UserError(f"{path} is not JSON: {error}.") from None
-  if not isinstance(content, dict):
-    raise UserError(f"{path} holds no JSON object.")
-  return content
-
-
-def _write_whole(path: pathlib.Path, write: Callable[[Any], object]) -> None:
-  part = path.with_name(path.name + ".part")
-  try:
-    with part.open("wb") as file:
-      write(file)
-      file.flush()
-      os.fsync(file.fileno())
-  except OSError as error:
-    part.unlink(missing_ok=True)
-    raise UserError(f"{path} could not be written: {error}.") from None
-  part.rename(path)
+  return files.read_json(path, dict[str, Any], limit=_MAX_HEADER)
 
 
 def _shards(specs: Mapping[str, Spec], limit: int) -> list[list[str]]:
@@ -250,7 +240,7 @@ def _shards(specs: Mapping[str, Spec], limit: int) -> list[list[str]]:
   return shards
 
 
-def _parse(path: pathlib.Path, encoded: bytes) -> dict[str, Any]:
+def _header(path: pathlib.Path, encoded: bytes) -> dict[str, _Entry]:
   def unique(pairs):
     names = collections.Counter(name for name, _ in pairs)
     for name, times in names.most_common(1):
@@ -258,62 +248,48 @@ def _parse(path: pathlib.Path, encoded: bytes) -> dict[str, Any]:
         raise _damaged(path, f"its header names {shown(name)} twice")
     return dict(pairs)
 
-  try:
-    header = json.loads(encoded, object_pairs_hook=unique)
-  except UserError:
-    raise
-  except (ValueError, RecursionError):
-    raise _damaged(path, "its header is not JSON") from None
-  if not isinstance(header, dict):
-    raise _damaged(path, "its header is not a JSON object")
-  return {k: v for k, v in header.items() if k != "__metadata__"}
+  place = f"The header of {path}"
+  header = files.parse_json(
+    encoded, dict[str, Any], place, advice=_ADVICE, object_pairs_hook=unique
+  )
+  header.pop("__metadata__", None)
+  return files.convert(header, dict[str, _Entry], place, advice=_ADVICE)
 
 
-def _in_order(path: pathlib.Path, header: dict[str, Any]):
-  def first_byte(item):
-    match item[1]:
-      case {"data_offsets": [int(first), int(last)]}:
-        return first, last
-    raise _damaged(path, f"its header does not place {shown(item[0])}")
-
-  return sorted(header.items(), key=first_byte)
+def _first_byte(item: tuple[str, _Entry]) -> tuple[int, int]:
+  return item[1].data_offsets
 
 
-def _entry(path: pathlib.Path, name: str, entry: dict[str, Any]):
-  shape, dtype = entry.get("shape"), entry.get("dtype")
-  if (
-    not isinstance(shape, list)
-    or not all(type(n) is int and n >= 0 for n in shape)
-    # More axes than an array can have; an empty array would not show that.
-    or len(shape) > _MAX_AXES
-    or math.prod(max(n, 1) for n in shape) >= 2**60
-  ):
+def _spec(path: pathlib.Path, name: str, entry: _Entry) -> Spec:
+  # More than an array can have, which an empty one does not show.
+  if math.prod(max(n, 1) for n in entry.shape) >= 2**60:
     raise _damaged(
-      path, f"its header gives {shown(name)} the shape {shown(shape)}"
+      path, f"its header gives {shown(name)} the shape {shown(entry.shape)}"
     )
-  if not isinstance(dtype, str) or dtype not in DTYPES:
+  if entry.dtype not in DTYPES:
     raise UserError(
-      f"{name[:_NAME_LENGTH]} in {path} has dtype {shown(dtype)}; parameters "
-      f"are one of {', '.join(DTYPES)}."
+      f"{name[:_NAME_LENGTH]} in {path} has dtype {shown(entry.dtype)}; "
+      f"parameters are one of {', '.join(DTYPES)}."
     )
-  return Spec(tuple(shape), DTYPES[dtype]), entry["data_offsets"]
+  return Spec(entry.shape, DTYPES[entry.dtype])
 
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
-  weight_map = read_json(index).get("weight_map")
-  if not isinstance(weight_map, dict) or not weight_map:
-    raise UserError(f"{index} has no weight_map: it is no index.")
-  for name, file in weight_map.items():
-    name_alone = isinstance(file, str) and pathlib.PurePath(file).name == file
-    if not name_alone or file == ".." or len(file) > _NAME_LENGTH:
+  stored = files.read_json(index, _Index, limit=_MAX_HEADER, advice=_ADVICE)
+  for name, file in stored.weight_map.items():
+    if (
+      pathlib.PurePath(file).name != file
+      or file == ".."
+      or len(file) > _NAME_LENGTH
+    ):
       raise UserError(
         f"{index} places {shown(name)} in {shown(file)}; it may name files of "
         "its own folder alone."
       )
-  return weight_map
+  return stored.weight_map
 
 
 def _damaged(path: pathlib.Path, what: str) -> UserError:
   return UserError(
-    f"{path} is damaged or not a safetensors file: {what}. Fetch it again."
+    f"{path} is damaged or not a safetensors file: {what}. {_ADVICE}"
   )

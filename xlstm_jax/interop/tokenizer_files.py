@@ -1,13 +1,14 @@
 """The files beside `tokenizer.json` in a Hugging Face folder."""
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from xlstm_jax.data import format as files
+from xlstm_jax import files
 from xlstm_jax.data import tokenizer as tokenizers
-from xlstm_jax.errors import shown
+from xlstm_jax.errors import UserError, shown
 from xlstm_jax.interop import large
 
 CONFIG = "tokenizer_config.json"
@@ -40,9 +41,7 @@ def read(folder: pathlib.Path) -> dict[str, bytes]:
     UserError: one of them cannot be read.
   """
   return {
-    path.relative_to(folder).as_posix(): files.read_regular_file(
-      path, limit=_MAX_BYTES
-    )
+    path.relative_to(folder).as_posix(): files.read(path, limit=_MAX_BYTES)
     for name in _NAMES
     for path in sorted(folder.glob(name))
     if path.is_file()
@@ -54,7 +53,7 @@ def write(folder: pathlib.Path, found: Mapping[str, bytes]) -> None:
   for name, data in found.items():
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(path, data)
+    files.write(path, data)
 
 
 def exported(
@@ -165,16 +164,14 @@ def outside(
 
 
 def _tokenizer_config(found: Mapping[str, bytes]) -> dict[str, Any]:
-  """The `tokenizer_config.json`; an imported one may hold anything."""
-  try:
-    content = json.loads(found.get(CONFIG, b""))
-  except (ValueError, RecursionError):
-    return {}
-  return content if isinstance(content, dict) else {}
+  """The `tokenizer_config.json`; an imported one may be anything."""
+  with contextlib.suppress(UserError):
+    return files.parse_json(found.get(CONFIG, b""), dict[str, Any], CONFIG)
+  return {}
 
 
 def _parsed(data: bytes) -> tuple[dict[str, Any], Any]:
   """The content of a `tokenizer.json`, and the tokenizer that it defines."""
   path = pathlib.Path(tokenizers.HUGGING_FACE_FILE)
-  content = files.parse_json(data, path)
+  content = files.parse_json(data, dict[str, Any], path)
   return content, tokenizers.build(content, path)

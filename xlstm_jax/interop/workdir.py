@@ -13,6 +13,7 @@ from xlstm_jax.data import tokenizer as tokenizers
 from xlstm_jax.errors import UserError
 from xlstm_jax.interop import tokenizer_files
 from xlstm_jax.interop.names import Format, NameMap
+from xlstm_jax.interop.options import Options
 from xlstm_jax.interop.tensor_files import StoredTensor, read_json, write_json
 from xlstm_jax.models.config import ModelConfig
 from xlstm_jax.models.language_model import Definition, Params
@@ -100,14 +101,14 @@ def restore(
   return params
 
 
-def read_kept(workdir: pathlib.Path) -> dict[str, Any]:
-  """What the import that made this workdir kept; empty if none did.
+def read_kept(workdir: pathlib.Path) -> Options:
+  """What the import that made a workdir kept, if one did.
 
   Raises:
     UserError: the file is damaged.
   """
   path = workdir / _KEPT
-  return read_json(path) if path.exists() else {}
+  return Options(read_json(path) if path.exists() else {}, file=path)
 
 
 def require_empty(folder: pathlib.Path) -> None:

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from xlstm_jax.cells.backends import AUTO
+from xlstm_jax.ranges import ranged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Compute:
   mlstm_backend: str = "auto"
   slstm_backend: str = "auto"
   lstm_backend: str = "auto"
-  mlstm_chunk: int | None = None
+  mlstm_chunk: int | None = ranged(None, at_least=1)
   scan: bool = True
   remat: Literal["none", "matmuls", "block"] = "none"
   deterministic: bool = False

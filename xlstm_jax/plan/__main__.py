@@ -2,14 +2,12 @@
 
 import argparse
 import dataclasses
-import json
 import sys
-from pathlib import Path
 
 import jax
 
-from xlstm_jax import config, metrics, paths
-from xlstm_jax.errors import UserError, exit_code
+from xlstm_jax import config, files, metrics, paths
+from xlstm_jax.errors import exit_code
 from xlstm_jax.plan import machines, program
 from xlstm_jax.plan.program import Plan
 
@@ -185,10 +183,8 @@ def _write(file: str, found: Plan) -> None:
     "fits": found.fits,
     "collectives": {k: t._asdict() for k, t in found.collectives.items()},
   }
-  try:
-    Path(file).write_text(json.dumps(values, indent=2) + "\n")
-  except OSError as error:
-    raise UserError(f"{file} cannot be written: {error.strerror}.") from error
+  with files.writing(file):
+    files.write_json(file, values)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ import os
 import re
 from typing import Any
 
-from jax.experimental import topologies
-
+from xlstm_jax import jax_internals
 from xlstm_jax.errors import UserError
 
 
@@ -136,9 +135,9 @@ def _tpus(topology: str, kind: str, shape: str, slices: int) -> Machine:
   for name, value in _LIBTPU.items():
     os.environ.setdefault(name, value)
   try:
-    devices = topologies.get_topology_desc(
-      platform="tpu", topology_name=f"{kind}:{shape}", num_slices=slices
-    ).devices
+    devices = jax_internals.topology_devices(
+      "tpu", f"{kind}:{shape}", num_slices=slices
+    )
   except (RuntimeError, ValueError) as error:
     raise UserError(
       f"There is no TPU slice {topology!r}: {str(error).splitlines()[0]}."
@@ -151,12 +150,12 @@ def _gpus(topology: str, kind: str, count: int) -> Machine:
   _require("jax_cuda13_plugin", topology)
   per_node = math.gcd(count, _GPUS_PER_NODE)
   gpu = _GPUS[kind]
-  devices = topologies.get_topology_desc(
-    platform="cuda",
-    topology_name=kind,
+  devices = jax_internals.topology_devices(
+    "cuda",
+    kind,
     target_config=_TARGET.format(**dataclasses.asdict(gpu)),
     topology=f"1x{count // per_node}x{per_node}",
-  ).devices
+  )
   memory = int(gpu.memory * _fraction())
   return Machine(topology, devices, memory, gpu.memory)
 

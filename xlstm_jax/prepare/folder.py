@@ -2,12 +2,12 @@
 
 import contextlib
 import errno
-import fcntl
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from xlstm_jax import files
 from xlstm_jax.errors import UserError
+from xlstm_jax.prepare.report import say
 
 _WRITE_ERRORS = (
   errno.ENOSPC,
@@ -23,23 +23,17 @@ _WRITE_ERRORS = (
 @contextlib.contextmanager
 def exclusive(output: Path) -> Iterator[None]:
   """Creates the folder and locks it against a second preparation."""
-  try:
-    output.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
-  except OSError as error:
-    raise UserError(f"Cannot write to {output}: {error.strerror}.") from error
-  try:
-    _lock(descriptor, output)
+  busy = f"Another process is preparing {output}."
+  with contextlib.ExitStack() as stack:
+    with files.writing(output):
+      output.mkdir(parents=True, exist_ok=True)
+      held = stack.enter_context(files.locked(output, busy=lambda _: busy))
+    if not held:
+      say(
+        f"The file system of {output} has no locks: make sure that no second "
+        "preparation writes there."
+      )
     yield
-  finally:
-    os.close(descriptor)
-
-
-def _lock(descriptor: int, output: Path) -> None:
-  try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as error:
-    raise UserError(f"Another process is preparing {output}.") from error
 
 
 @contextlib.contextmanager

@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from xlstm_jax import files
 from xlstm_jax.data import (
   documents,
   encoding,
   journal,
   json_lines,
+  layout,
   shards,
   tokenizer,
   writer,
 )
-from xlstm_jax.data import format as files
 from xlstm_jax.data.readers.reader import Input, Place, Problem
 from xlstm_jax.errors import UserError
 from xlstm_jax.prepare import refusals, report, workers
@@ -99,11 +100,11 @@ class Preparation:
     self._journal = self._recognise()
     self._writers: dict[str, writer.SplitWriter] = {}
     self._source_ids = {name: i for i, name in enumerate(self._journal.sources)}
-    self._skipped = report.Skipped(output / files.SKIPPED)
+    self._skipped = report.Skipped(output / layout.SKIPPED)
 
   def run(self) -> int:
     """Goes on to the end; returns the signal that ended it early, or 0."""
-    if (self._output / files.MANIFEST).exists():
+    if (self._output / layout.MANIFEST).exists():
       return self._already_finished()
     self._skipped.cut(self._journal.skipped)
     tokens = self._tokenizer()
@@ -160,7 +161,7 @@ class Preparation:
     self, old: journal.Journal, new: journal.Journal
   ) -> None:
     """Refuses to go on, or to compare contents, by other rules."""
-    done = (self._output / files.MANIFEST).exists()
+    done = (self._output / layout.MANIFEST).exists()
     if old.rules == new.rules or (done and old.listing == new.listing):
       return
     if one := documents.read_otherwise(self._inputs):
@@ -291,9 +292,9 @@ class Preparation:
 
   def _source_id(self, name: str) -> int:
     if name not in self._source_ids:
-      if len(self._source_ids) == files.MAX_SOURCES:
+      if len(self._source_ids) == layout.MAX_SOURCES:
         raise UserError(
-          f"The inputs name more than {files.MAX_SOURCES} sources, the last "
+          f"The inputs name more than {layout.MAX_SOURCES} sources, the last "
           f"one {name!r}; is {json_lines.SOURCE_KEY!r} a source at all?"
         )
       self._source_ids[name] = len(self._source_ids)
@@ -329,7 +330,7 @@ class Preparation:
     self._skipped.write()
     for name, split in self._writers.items():
       self._journal.splits[name] = split.flush()
-    files.sync_directory(self._output)
+    files.sync_folder(self._output)
     self._journal.save(self._output)
 
   def _stopped(self, number: int) -> None:
@@ -352,16 +353,16 @@ class Preparation:
         f"{self._journal.empty_files} files are empty, "
         f"{self._journal.empty_lines} lines hold no text)."
       )
-    files.sync_directory(self._output)
+    files.sync_folder(self._output)
     self._journal.save(self._output)
     manifest = self._manifest(tokens)
-    files.write_manifest(self._output, manifest)
+    layout.write_manifest(self._output, manifest)
     print(f"{self._output} is ready")
     report.summarise(manifest)
 
-  def _manifest(self, tokens: tokenizer.Tokenizer) -> files.Manifest:
+  def _manifest(self, tokens: tokenizer.Tokenizer) -> layout.Manifest:
     state = self._journal
-    return files.Manifest(
+    return layout.Manifest(
       tokenizer=tokens.spec,
       sources=tuple(state.sources),
       splits={
@@ -380,7 +381,7 @@ class Preparation:
     )
 
   def _already_finished(self) -> int:
-    manifest = files.read_manifest(self._output)
+    manifest = layout.read_manifest(self._output)
     for name, split in manifest.splits.items():
       if split.shards:
         shards.open_split(self._output, name, verify="first_use")
@@ -391,9 +392,11 @@ class Preparation:
 
 def _split_manifest(
   state: writer.SplitState, sources: Sequence[str]
-) -> files.SplitManifest:
-  counts = state.counts + [files.Counts()] * (len(sources) - len(state.counts))
-  return files.SplitManifest(
+) -> layout.SplitManifest:
+  counts = state.counts + [layout.NO_COUNTS] * (
+    len(sources) - len(state.counts)
+  )
+  return layout.SplitManifest(
     sources=dict(zip(sources, counts, strict=True)),
     shards=tuple(state.shards),
   )

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from xlstm_jax.data import documents, tokenizer
-from xlstm_jax.data import format as files
+from xlstm_jax import files
+from xlstm_jax.data import documents, layout, tokenizer
 from xlstm_jax.errors import UserError
 
 
@@ -23,9 +23,10 @@ def refuse_nesting(output: Path, arguments: Iterable[str]) -> None:
 
 
 def refuse_strangers(output: Path) -> None:
-  ours = f".{files.PROGRESS}.tmp"
+  # What a killed preparation left.
+  ours = files.temporary_path(output / layout.PROGRESS)
   for entry in output.iterdir():
-    if entry.name != ours:
+    if entry != ours:
       raise UserError(
         f"{output} holds something else ({entry.name}) and no interrupted "
         "preparation; give a new or empty folder as --output."

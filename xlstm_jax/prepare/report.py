@@ -7,8 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from xlstm_jax.data import encoding, journal
-from xlstm_jax.data import format as files
+from xlstm_jax.data import encoding, journal, layout
 from xlstm_jax.data.readers.reader import Input, Place, Problem
 
 
@@ -101,7 +100,7 @@ def _duration(seconds: float) -> str:
   return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-def summarise(manifest: files.Manifest) -> None:
+def summarise(manifest: layout.Manifest) -> None:
   print(
     f"tokenizer {manifest.tokenizer.kind}, vocabulary "
     f"{manifest.tokenizer.vocab_size:,}"
@@ -133,4 +132,4 @@ def summarise(manifest: files.Manifest) -> None:
 
 
 def listed(skipped: int) -> str:
-  return f" (listed in {files.SKIPPED})" if skipped else ""
+  return f" (listed in {layout.SKIPPED})" if skipped else ""

@@ -1,14 +1,15 @@
 """Where the wall time of a run goes, over all its restarts."""
 
 import contextlib
-import json
 import time
-from typing import Any
+from typing import Annotated
 
 import jax
+import msgspec
 from etils import epath
+from msgspec import Meta
 
-from xlstm_jax import metrics
+from xlstm_jax import files, metrics
 from xlstm_jax.errors import UserError
 
 FILE = "goodput.json"
@@ -19,7 +20,24 @@ LOST = "lost"
 # Far beyond any clock, and far from where sums of floats overflow.
 _MAX_SECONDS = 1e12
 
-Spent = dict[str, float]
+_MAX_BYTES = 2**28
+_Seconds = Annotated[float, Meta(ge=0, lt=_MAX_SECONDS)]
+_Spent = dict[str, _Seconds]
+_Step = Annotated[str, Meta(pattern=r"\A[0-9]{1,18}\Z")]
+
+
+class _File(msgspec.Struct):
+  """What was spent so far, and until the checkpoint of each step.
+
+  Attributes:
+    written: when; None for a finished run, which waits for nothing.
+    spent: seconds by activity.
+    checkpoints: the same by step.
+  """
+
+  written: _Seconds | None
+  spent: _Spent
+  checkpoints: dict[_Step, _Spent]
 
 
 class Goodput:
@@ -39,10 +57,11 @@ class Goodput:
     self._clock = clock
     # Spent before `_begun`, which holds what the clock says since; the same at
     # each checkpoint.
-    written, self._earlier, self._checkpoints = _read(self._path)
+    file = _read(self._path)
+    self._earlier, self._checkpoints = file.spent, file.checkpoints
     self._begun: dict[str, float] = {}
-    if written is not None:
-      self._lose(time.time() - written - sum(clock.spent().values()))
+    if file.written is not None:
+      self._lose(time.time() - file.written - sum(clock.spent().values()))
 
   def back_to(self, step: int) -> None:
     """The run continues from the checkpoint of a step; 0 for its beginning."""
@@ -83,17 +102,10 @@ class Goodput:
     self._checkpoints[str(step)] = self.spent()
     if jax.process_index() != 0:
       return
-    file = {
-      "written": None if finished else time.time(),
-      "spent": self.spent(),
-      "checkpoints": self._checkpoints,
-    }
-    temporary = self._path.parent / f".{FILE}.tmp"
-    try:
-      temporary.write_text(json.dumps(file, indent=1))
-      temporary.replace(self._path)
-    except OSError as error:
-      raise UserError(f"{self._path} cannot be written: {error}.") from error
+    written = None if finished else time.time()
+    file = _File(written, self.spent(), self._checkpoints)
+    with files.writing(self._path):
+      files.write_json(self._path, msgspec.to_builtins(file))
 
   def record(self) -> dict[str, float]:
     """The shares of the wall time, for the log."""
@@ -126,31 +138,12 @@ _WORDS = {
 }
 
 
-def _read(path: epath.Path) -> tuple[float | None, Spent, dict[str, Spent]]:
-  """When the file of an unfinished run was written, and what it says."""
+def _read(path: epath.Path) -> _File:
+  """What the file of a run says; nothing where it is missing or damaged."""
   if path.exists():
     # Damaged, it costs the figures and not the run.
-    with contextlib.suppress(
-      *(ValueError, TypeError, KeyError, AttributeError),
-      *(RecursionError, OverflowError),
-    ):
-      file = json.loads(path.read_bytes())
-      at = {str(int(n)): _spent(s) for n, s in file["checkpoints"].items()}
-      written = file["written"]
-      if written is not None:
-        written = _seconds(written)
-      return written, _spent(file["spent"]), at
-  return None, {}, {}
-
-
-def _spent(values: Any) -> Spent:
-  if not values.keys() <= {STEP, *_WORDS}:
-    raise ValueError("an unknown activity")
-  return {name: _seconds(seconds) for name, seconds in values.items()}
-
-
-def _seconds(value: Any) -> float:
-  seconds = float(value)
-  if not 0 <= seconds < _MAX_SECONDS:
-    raise ValueError("no number of seconds")
-  return seconds
+    with contextlib.suppress(UserError):
+      file = files.read_json(path, _File, limit=_MAX_BYTES)
+      if {*file.spent}.union(*file.checkpoints.values()) <= {STEP, *_WORDS}:
+        return file
+  return _File(None, {}, {})

@@ -5,10 +5,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
-from jax._src import distributed
+
+from xlstm_jax.jax_internals import coordination_client
 
 # Begins every key in the coordination service's store.
 _KEY = "xlstm_jax"
@@ -24,7 +24,7 @@ def meet(name: str, *, seconds: float) -> None:
   Raises:
     Missing: some have not, in time.
   """
-  client = _client()
+  client = coordination_client()
   if client is None:
     return
   client.key_value_set(f"{_KEY}/{name}/{jax.process_index()}", "")
@@ -70,7 +70,7 @@ class Peers:
 
   def agree(self, passed: int) -> int:
     """The border at which all stop: the furthest that one has passed."""
-    _client().key_value_set(
+    coordination_client().key_value_set(
       f"{_KEY}/stop/{jax.process_index()}", str(passed), allow_overwrite=True
     )
     while len(told := _told("stop")) < jax.process_count():
@@ -103,7 +103,7 @@ class Peers:
           "doing": self._doing(),
           "time": time.time(),
         }
-        _client().key_value_set(
+        coordination_client().key_value_set(
           f"{_KEY}/progress/{jax.process_index()}",
           json.dumps(progress),
           allow_overwrite=True,
@@ -119,11 +119,5 @@ def _told(what: str) -> dict[int, str]:
   """What every process that did told last."""
   return {
     int(key.rsplit("/", 1)[1]): value
-    for key, value in _client().key_value_dir_get(f"{_KEY}/{what}/")
+    for key, value in coordination_client().key_value_dir_get(f"{_KEY}/{what}/")
   }
-
-
-def _client() -> Any:
-  """The coordination service's client; None for one process."""
-  # Key-value store and barriers have no public name.
-  return distributed.global_state.client

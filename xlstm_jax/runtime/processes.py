@@ -3,14 +3,13 @@
 import argparse
 import contextlib
 import dataclasses
-import os
 import re
 import socket
 import time
 
 import jax
-from jax._src.clusters import ClusterEnv
 
+from xlstm_jax import jax_internals, ranges
 from xlstm_jax.config import LimitsConfig
 from xlstm_jax.errors import UserError
 from xlstm_jax.runtime.peers import Missing
@@ -87,12 +86,9 @@ def join(processes: Processes | None, limits: LimitsConfig) -> None:
   """
   if processes is None:
     return
-  for key in ("join_seconds", "heartbeat_seconds"):
-    # Whole configurations are checked against devices, and these come later.
-    if (seconds := getattr(limits, key)) < 1:
-      raise UserError(
-        f"config.limits.{key} is {seconds}; it must be at least 1."
-      )
+  # Whole configurations are checked against devices, and these come later.
+  if problems := list(ranges.problems(limits, "config.limits.")):
+    raise UserError(" ".join(problems))
   deadline = time.monotonic() + limits.join_seconds
   if processes.coordinator == AUTO:
     processes = _detected(limits)
@@ -115,15 +111,8 @@ def join(processes: Processes | None, limits: LimitsConfig) -> None:
 def _detected(limits: LimitsConfig) -> Processes:
   """What the environment of a launcher says."""
   try:
-    # What `initialize` would find out; it has no public name. The devices are
-    # left to `initialize`.
-    address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
-      coordinator_address=os.environ.get("JAX_COORDINATOR_ADDRESS"),
-      num_processes=None,
-      process_id=None,
-      local_device_ids=[],
-      cluster_detection_method=None,
-      initialization_timeout=limits.join_seconds,
+    address, count, index = jax_internals.detect_processes(
+      timeout_seconds=limits.join_seconds
     )
   except ValueError as error:
     raise UserError(

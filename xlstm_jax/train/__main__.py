@@ -6,6 +6,7 @@ import time
 from types import TracebackType
 from typing import NoReturn
 
+from xlstm_jax import jax_internals
 from xlstm_jax.runtime import interrupt
 
 # What the other processes may take to end before the first one does.
@@ -18,14 +19,11 @@ def end(status: int) -> NoReturn:
   Python would join those that read data, which may never come, and JAX wait for
   the other processes.
   """
-  from jax._src import distributed
-
   for stream in (sys.stdout, sys.stderr):
     stream.flush()
   # Without the first process JAX ends the others with SIGABRT, before they say
-  # what they have to. Its public names would ask the devices.
-  joined = distributed.global_state
-  if joined.client is not None and joined.process_id == 0:
+  # what they have to.
+  if jax_internals.is_coordinator():
     time.sleep(_LAST_SECONDS)
   os._exit(status)
 

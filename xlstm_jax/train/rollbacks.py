@@ -8,28 +8,30 @@ next one by itself, because all see the same losses.
 """
 
 import dataclasses
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import jax
 from etils import epath
+from msgspec import Meta
 
+from xlstm_jax import files
 from xlstm_jax.checkpoints import of_first_process
-from xlstm_jax.data import format as files
-from xlstm_jax.errors import UserError, shown
 from xlstm_jax.runtime import peers
 from xlstm_jax.runtime.output import say
 from xlstm_jax.runtime.status import Status
 from xlstm_jax.train import resume
-from xlstm_jax.train import workdir as folder
 from xlstm_jax.train.health import Finding
 from xlstm_jax.train.run import Run
 
 FILE = "rollbacks.json"
 _MAX_BYTES = 2**24
+_ADVICE = (
+  "Without it the run would read other data: restore it from a copy, or move "
+  "it away to read all data."
+)
+_Window = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +49,12 @@ class Rollback:
   found: int
   reason: str
   to: int
-  first: int
-  stop: int
+  first: _Window
+  stop: _Window
+
+  def __post_init__(self):
+    if self.first >= self.stop:
+      raise ValueError("it leaves out no window")
 
 
 def read(workdir: epath.PathLike) -> tuple[Rollback, ...]:
@@ -63,51 +69,21 @@ def read(workdir: epath.PathLike) -> tuple[Rollback, ...]:
   path = Path(workdir) / FILE
   text = None
   if jax.process_index() == 0 and path.exists():
-    data = files.read_regular_file(path, limit=_MAX_BYTES)
+    data = files.read(path, limit=_MAX_BYTES)
     # Any bytes are text in Latin 1.
     text = data.decode("latin-1")
   text = of_first_process(text)
-  return () if text is None else _parse(text.encode("latin-1"), path)
-
-
-def _parse(data: bytes, path: Path) -> tuple[Rollback, ...]:
-  try:
-    entries = files.parse_json(data, path)
-    return tuple(_rollback(entry) for entry in entries)
-  except (ValueError, TypeError) as error:
-    raise UserError(
-      f"{path} is damaged ({error}); without it the run would read other data. "
-      "Restore it from a copy, or move it away to read all data."
-    ) from error
-
-
-def _rollback(entry: Any) -> Rollback:
-  fields = dataclasses.fields(Rollback)
-  if not isinstance(entry, dict) or set(entry) != {f.name for f in fields}:
-    raise ValueError(f"a decision is {shown(entry)}")
-  one = Rollback(**entry)
-  for field in fields:
-    value = getattr(one, field.name)
-    # No `isinstance`, as true and false are integers to Python.
-    if type(value) is not field.type:
-      raise ValueError(f"{field.name} is {shown(value)}")
-  # Windows are numbered by int64.
-  if not 0 <= one.first < one.stop < 2**63:
-    raise ValueError(f"it leaves out {shown(one.first)} to {shown(one.stop)}")
-  return one
+  if text is None:
+    return ()
+  return files.parse_json(
+    text.encode("latin-1"), tuple[Rollback, ...], path, advice=_ADVICE
+  )
 
 
 def commit(workdir: epath.PathLike, rollbacks: Sequence[Rollback]) -> None:
-  """Replaces the file; readers see the old or the new one."""
-  path = epath.Path(workdir) / FILE
+  """Replaces the file; a reader sees it before or after the decision."""
   entries = [dataclasses.asdict(one) for one in rollbacks]
-  temporary = path.parent / f".{FILE}.tmp"
-  with temporary.open("w") as file:
-    file.write(json.dumps(entries, indent=2) + "\n")
-    file.flush()
-    if hasattr(file, "fileno"):
-      os.fsync(file.fileno())
-  temporary.replace(path)
+  files.write_json(Path(workdir) / FILE, entries)
 
 
 def following(
@@ -161,7 +137,7 @@ def go_back(
   )
   decided.append(decision)
   if jax.process_index() == 0:
-    with folder.surface_write_errors(run.workdir):
+    with files.writing(f"The workdir {run.workdir}"):
       commit(run.workdir, decided)
   peers.meet(f"rollback {len(decided)}", seconds=run.cfg.limits.meet_seconds)
   say(

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from xlstm_jax.checkpoints import Checkpoints
 from xlstm_jax.config import RunConfig
-from xlstm_jax.data.format import Manifest
+from xlstm_jax.data.layout import Manifest
 from xlstm_jax.data.shards import Split
 from xlstm_jax.models.language_model import Definition
 

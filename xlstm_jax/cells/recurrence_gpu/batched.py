@@ -48,6 +48,7 @@ def batched(
 
     def unfold(x: Array, term: str) -> Array:
       axis = _axis(term, letters)
+      assert axis is not None, "every result has rows and heads"
       shape = (*x.shape[:axis], size, -1, *x.shape[axis + 1 :])
       return jnp.moveaxis(x.reshape(shape), axis, 0)
 

@@ -6,6 +6,7 @@ has the layout `UNITS`: a thread has two rows of one unit. Scalars are int32.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,10 +34,20 @@ UNITS = plgpu.Layout.TILED(
 MATRIX = plgpu.Layout.WGMMA
 SCALAR = plgpu.Layout.WG_SPLAT(())
 # Shared memory that matrix products read.
-SWIZZLED = (plgpu.TilingTransform((ROWS, TILE)), plgpu.SwizzleTransform(128))
+SWIZZLED = (
+  plgpu.TilingTransform((ROWS, TILE)),  # pyright: ignore[reportAbstractUsage]
+  plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+)
 MEMORY, OPERAND = plgpu.RefType(), plgpu.RefType(SWIZZLED)
-UNITS_F32 = plgpu.ShapeDtypeStruct((LANES, ROWS), jnp.float32, layout=UNITS)
-UNITS_I32 = plgpu.ShapeDtypeStruct((LANES, ROWS), jnp.int32, layout=UNITS)
+UNITS_F32, UNITS_I32 = (
+  plgpu.ShapeDtypeStruct((LANES, ROWS), jnp.dtype(dtype), layout=UNITS)
+  for dtype in ("float32", "int32")
+)
+
+
+def _inline(**types: Any) -> Callable[[Callable], Callable[..., Any]]:
+  """`plgpu.inline_mgpu`; what calls the function leaves out its context."""
+  return plgpu.inline_mgpu(**types)
 
 
 class _Int:
@@ -216,7 +227,7 @@ def _global(ref, time: _Int, unit: _Int, row: _Int) -> tuple[_Int, _Int]:
   return first, first + rows
 
 
-@plgpu.inline_mgpu(arg_types=(MEMORY, SCALAR), return_type=UNITS_F32)
+@_inline(arg_types=(MEMORY, SCALAR), return_type=UNITS_F32)
 def load(_ctx, ref, time):
   """(LANES, ROWS) of a global (ROWS, T, LANES) at a time."""
   unit, row = _place()
@@ -228,7 +239,7 @@ def load(_ctx, ref, time):
   )
 
 
-@plgpu.inline_mgpu(arg_types=(MEMORY, SCALAR, UNITS), return_type=())
+@_inline(arg_types=(MEMORY, SCALAR, UNITS), return_type=())
 def store(_ctx, ref, time, x):
   """What `load` reads."""
   unit, row = _place()
@@ -237,7 +248,7 @@ def store(_ctx, ref, time, x):
     _asm("st.global.f32 [$0], $1;", "l,f", address, value)
 
 
-@plgpu.inline_mgpu(arg_types=(MEMORY,), return_type=UNITS_F32)
+@_inline(arg_types=(MEMORY,), return_type=UNITS_F32)
 def load_bias(_ctx, ref):
   """(LANES, ROWS) of a global (LANES,), the same for all rows."""
   unit, _ = _place()
@@ -247,7 +258,7 @@ def load_bias(_ctx, ref):
   return _units(x, x)
 
 
-@plgpu.inline_mgpu(arg_types=(MEMORY, SCALAR), return_type=UNITS_I32)
+@_inline(arg_types=(MEMORY, SCALAR), return_type=UNITS_I32)
 def load_marks(_ctx, ref, time):
   """(LANES, ROWS) of a global (T, ROWS) of int32, the same for all units."""
   strides, _ = ir.MemRefType(ref.type).get_strides_and_offset()
@@ -259,7 +270,7 @@ def load_marks(_ctx, ref, time):
   return _units(*both, kind=_i32(), signed=True)
 
 
-@plgpu.inline_mgpu(arg_types=(MEMORY,), return_type=())
+@_inline(arg_types=(MEMORY,), return_type=())
 def make_barriers(_ctx, barriers):
   """Two barriers of a cluster in 16 bytes of a block's shared memory."""
   _asm(
@@ -276,7 +287,7 @@ def make_barriers(_ctx, barriers):
 def expect(size: int) -> Callable:
   """`expect(barriers, slot)`: a barrier's phase ends after `size` bytes."""
 
-  @plgpu.inline_mgpu(arg_types=(MEMORY, SCALAR), return_type=())
+  @_inline(arg_types=(MEMORY, SCALAR), return_type=())
   def expect(_ctx, barriers, slot):
     _asm(
       "{ .reg .pred p; setp.ne.b32 p, $1, 0;"
@@ -301,7 +312,7 @@ def _wait(barriers, slot: _Int, parity: _Int) -> None:
   )
 
 
-@plgpu.inline_mgpu(arg_types=(MEMORY, SCALAR, SCALAR), return_type=())
+@_inline(arg_types=(MEMORY, SCALAR, SCALAR), return_type=())
 def wait(_ctx, barriers, slot, parity):
   """Waits for the end of a barrier's phase of that parity."""
   _wait(barriers, _scalar(slot), _scalar(parity))
@@ -311,7 +322,7 @@ def _synchronise(barrier: _Int, warpgroups: int) -> None:
   _asm(f"bar.sync $0, {128 * warpgroups};", "r", barrier)
 
 
-@plgpu.inline_mgpu(arg_types=(), return_type=())
+@_inline(arg_types=(), return_type=())
 def synchronise(_ctx):
   """Waits for the other warps of the warpgroup."""
   _synchronise(_Int(mgpu_utils.thread_idx()) // 128 + 8, 1)
@@ -426,7 +437,7 @@ def gates(units: int, in_registers: tuple[bool, bool], x_dtype) -> Callable:
   """
   tiles = tuple(MATRIX if there else OPERAND for there in in_registers)
 
-  @plgpu.inline_mgpu(
+  @_inline(
     arg_types=(tiles, OPERAND, MEMORY, MEMORY, SCALAR, SCALAR),
     return_type=(UNITS_F32,) * 4,
   )
@@ -492,9 +503,7 @@ def send_units(blocks: int, units: int) -> Callable:
   units land in a slot of h, whose barrier counts the bytes.
   """
 
-  @plgpu.inline_mgpu(
-    arg_types=(UNITS, OPERAND, MEMORY, SCALAR, SCALAR), return_type=()
-  )
+  @_inline(arg_types=(UNITS, OPERAND, MEMORY, SCALAR, SCALAR), return_type=())
   def send(_ctx, x, h, barriers, slot, first):
     slot = _scalar(slot)
     word, unit, row = _packed(x)
@@ -545,7 +554,7 @@ def send_products(
   depth = 4 * LANES * warpgroups
   owned = units // blocks
 
-  @plgpu.inline_mgpu(
+  @_inline(
     arg_types=(
       (UNITS,) * 4,
       (MATRIX,) * in_registers,
@@ -605,7 +614,7 @@ def gather(blocks: int, units: int) -> Callable:
   """
   owned = units // blocks
 
-  @plgpu.inline_mgpu(
+  @_inline(
     arg_types=(MEMORY, MEMORY, SCALAR, SCALAR, SCALAR), return_type=UNITS_F32
   )
   def gather(_ctx, parts, barriers, slot, parity, warpgroup):
@@ -637,7 +646,7 @@ def clear(blocks: int, units: int) -> Callable:
   """`clear(parts, warpgroup)`: zeros where slot 0 of `gather` reads."""
   owned = units // blocks
 
-  @plgpu.inline_mgpu(arg_types=(MEMORY, SCALAR), return_type=())
+  @_inline(arg_types=(MEMORY, SCALAR), return_type=())
   def clear(_ctx, parts, warpgroup):
     unit, row = _place()
     place = _in_part(_scalar(warpgroup) * LANES + unit, row)

@@ -10,6 +10,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from xlstm_jax.data import packings
+from xlstm_jax.data.layout import Count
 from xlstm_jax.errors import UserError
 
 EMPTY_FILE = "empty file"
@@ -35,10 +36,10 @@ class Place(NamedTuple):
   after a unit. `crc` is the CRC32 of all content so far.
   """
 
-  file: int = 0
-  offset: int = 0
-  line: int = 0
-  crc: int = 0
+  file: Count = 0
+  offset: Count = 0
+  line: Count = 0
+  crc: Count = 0
 
 
 class Unit(NamedTuple):
