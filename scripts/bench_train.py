@@ -181,7 +181,9 @@ def bench(row: Row, model: ModelConfig) -> dict[str, Any]:
   config.validate(cfg, None, row.devices)
   definition = Definition(cfg.model, cfg.compute)
   mesh = sharding.make_mesh(cfg.mesh, devices)
-  state = jax.device_put(states.init(definition, mesh, seed=0), devices[0])
+  state = jax.device_put(
+    states.init(definition, mesh, cfg.optim, seed=0), devices[0]
+  )
   step = jax.jit(
     functools.partial(
       steps.train_step, definition=definition, cfg=cfg, mesh=mesh
@@ -207,7 +209,7 @@ def _on_mesh(
   config.validate(cfg, None, len(devices))
   definition = Definition(cfg.model, cfg.compute)
   mesh = sharding.make_mesh(cfg.mesh, devices)
-  state = states.init(definition, mesh, seed=0)
+  state = states.init(definition, mesh, cfg.optim, seed=0)
   with jax.set_mesh(mesh):
     step = steps.compiled(definition, cfg, mesh)
     where = sharding.batch_sharding(mesh)

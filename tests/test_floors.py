@@ -19,6 +19,7 @@ FLOORS = (
   ("mixers",),
   ("models",),
   ("optim", "checkpoints", "metrics", "objective", "ngrams", "data"),
+  ("evaluators",),
   ("config",),
   ("trained", "runtime"),
   ("evaluate", "generate", "prepare", "interop"),

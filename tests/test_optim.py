@@ -90,7 +90,7 @@ def test_adamw_is_its_equations():
   cfg = OptimConfig(b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.3, clip_norm=None)
   p = params()
   mask = optim.decay_mask(p, cfg)
-  moments = optim.init(p)
+  moments = optim.init(cfg, p)
   m = v = jax.tree.map(jnp.zeros_like, p)
   for n in (1, 2, 3):
     g = jax.tree.map(lambda x, n=n: jnp.sin(n * x), p)
@@ -117,7 +117,7 @@ def test_decay_shrinks_what_decays_and_leaves_the_rest():
   cfg = OptimConfig(weight_decay=0.5)
   p = params()
   zero = jax.tree.map(jnp.zeros_like, p)
-  updates, _ = optim.update(cfg, zero, optim.init(p), p)
+  updates, _ = optim.update(cfg, zero, optim.init(cfg, p), p)
   head = updates["head"]["weight"]
   np.testing.assert_allclose(head, 0.5 * p["head"]["weight"], rtol=1e-6)
   assert not updates["embedding"]["weight"].any()

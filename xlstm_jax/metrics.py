@@ -16,6 +16,8 @@ from xlstm_jax import files
 from xlstm_jax.errors import UserError
 
 Record = Mapping[str, float]
+# So begin the names of what evaluators found.
+EVALUATED = "eval_"
 # Generated modules define their messages when they are imported.
 Event: Any = getattr(event_pb2, "Event")  # noqa: B009
 SessionLog: Any = getattr(event_pb2, "SessionLog")  # noqa: B009
@@ -100,7 +102,8 @@ class Log:
   Args:
     workdir: the run's workdir.
     step: the step from which the run continues.
-    without: records of `step` itself that have this metric are dropped too.
+    without: records of `step` itself that have a metric whose name begins like
+      this are dropped too.
 
   Raises:
     UserError: the workdir cannot be written to (the methods raise this too), or
@@ -227,6 +230,11 @@ def trajectory(workdir: epath.PathLike) -> list[dict[str, Any]]:
   return [record for record in records if record.keys() != {"step"}]
 
 
+def holds(record: Record, beginning: str) -> bool:
+  """Whether a record has a metric whose name begins like this."""
+  return any(name.startswith(beginning) for name in record)
+
+
 def _drop_after(path: epath.Path, step: int, without: str | None) -> None:
   if not path.exists():
     return
@@ -234,7 +242,7 @@ def _drop_after(path: epath.Path, step: int, without: str | None) -> None:
   for line, record in _records(path):
     if record["step"] > step:
       break
-    if record["step"] < step or without not in record:
+    if record["step"] < step or without is None or not holds(record, without):
       kept.append(line + b"\n")
   files.write(path, b"".join(kept))
 

@@ -1,6 +1,12 @@
-"""AdamW, its learning-rate schedules, and which parameters decay."""
+"""Optimizers by name, the schedules of their learning rate, and weight decay.
+
+An optimizer is a row of `OPTIMIZERS`: a function from the configuration to an
+optax transformation that turns clipped gradients into the direction of the
+update. Clipping, weight decay and the learning rate are the same for all.
+"""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -10,14 +16,14 @@ import optax
 from xlstm_jax.ranges import ranged
 
 Tree = Any
-Moments = optax.ScaleByAdamState
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-  """AdamW and the schedule of its learning rate.
+  """The optimizer and the schedule of its learning rate.
 
   Attributes:
+    name: The optimizer, a row of `OPTIMIZERS`. A run cannot change it.
     peak_lr: Learning rate after the warm-up.
     schedule: Shape of the learning rate between warm-up and cooldown: "cosine"
       and "exponential" fall to `final_fraction * peak_lr`, "constant" stays.
@@ -38,6 +44,7 @@ class OptimConfig:
       for never.
   """
 
+  name: str = "adamw"
   peak_lr: float = ranged(1e-3, above=0)
   schedule: Literal["cosine", "exponential", "constant"] = "cosine"
   warmup_steps: int = ranged(0, at_least=0)
@@ -109,33 +116,37 @@ def decay_mask(params: Tree, cfg: OptimConfig) -> Tree:
   )
 
 
-def init(params: Tree) -> Moments:
-  """The moments before the first update.
+def adamw(cfg: OptimConfig) -> optax.GradientTransformation:
+  """AdamW (arXiv:1711.05101); the decay is that of all optimizers."""
+  return optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)
 
-  They are optax's `ScaleByAdamState` whatever the options, so that a
-  checkpoint outlives a change of them.
-  """
-  return _state(optax.scale_by_adam().init(params))
+
+# A transformation may keep any state: leaves that lie in it as a parameter lies
+# in its tree, and have its shape, are sharded like the parameter.
+OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
+  "adamw": adamw,
+}
+
+
+def init(cfg: OptimConfig, params: Tree) -> optax.OptState:
+  """The optimizer's state before the first update."""
+  return OPTIMIZERS[cfg.name](cfg).init(params)
 
 
 def update(
-  cfg: OptimConfig, grads: Tree, moments: Moments, params: Tree
-) -> tuple[Tree, Moments]:
-  """AdamW without its learning rate: the updates are to be scaled by -rate."""
-  adam = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)
-  updates, state = adam.update(clip(grads, cfg.clip_norm), moments, params)
+  cfg: OptimConfig, grads: Tree, state: optax.OptState, params: Tree
+) -> tuple[Tree, optax.OptState]:
+  """The updates, which are to be scaled by -rate, and the new state."""
+  updates, state = OPTIMIZERS[cfg.name](cfg).update(
+    clip(grads, cfg.clip_norm), state, params
+  )
   updates = jax.tree.map(
     lambda u, p, decayed: u + cfg.weight_decay * p if decayed else u,
     updates,
     params,
     decay_mask(params, cfg),
   )
-  return updates, _state(state)
-
-
-def _state(state: optax.OptState) -> Moments:
-  assert isinstance(state, Moments)
-  return state
+  return updates, state
 
 
 def clip(grads: Tree, max_norm: float | None) -> Tree:

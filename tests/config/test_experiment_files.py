@@ -99,7 +99,7 @@ def test_text_behind_a_colon_reaches_get_config(experiment):
     ("--config.optim.clip_norm=x", "is 'x'; it must be a finite number"),
     ("--config.model.out_norm=7", "is '7'; it must be true or false"),
     ("--config.optim.schedule=cosin", "one of 'cosine'"),
-    ("--config.optim=3", "config.optim is a section; .*optim.peak_lr="),
+    ("--config.optim=3", "config.optim is a section; .*optim.name="),
     ("--config.model.slstm_at=1,x", "slstm_at.*must be an integer"),
     ("--config.model.slstm_at=99", "slstm_at names the blocks"),
     ("--config.data.paths=(a)", r"is '\(a\)'; .* must be a tuple of strings"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from xlstm_jax.data import contents, packings
+from xlstm_jax.data.readers.table import JSON_LINES, TEXT
 
 LINES = b'{"text": "a", "meta": {}}\n{"text": "b"}\n'
 PRETTY = json.dumps({"data": [{"text": "a"}], "n": 1}, indent=2).encode()
@@ -43,7 +44,7 @@ def recognize(name: str, data: bytes, packed: str = "") -> contents.Content:
   ],
 )
 def test_json_lines_are_never_one_text(name: str, data: bytes):
-  assert recognize(name, data) == (True, None)
+  assert recognize(name, data) == (JSON_LINES, None)
 
 
 @pytest.mark.parametrize(
@@ -65,13 +66,13 @@ def test_json_lines_are_never_one_text(name: str, data: bytes):
   ],
 )
 def test_what_is_not_json_lines_is_one_text(name: str, data: bytes):
-  assert recognize(name, data) == (False, None)
+  assert recognize(name, data) == (TEXT, None)
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.jsonl", "a.ndjson"])
 @pytest.mark.parametrize("data", [b"", b" \r\n\n", b"\xef\xbb\xbf"])
 def test_json_without_a_character_is_lines_and_no_text(name: str, data: bytes):
-  assert recognize(name, data) == (True, None)
+  assert recognize(name, data) == (JSON_LINES, None)
 
 
 @pytest.mark.parametrize(
@@ -87,8 +88,8 @@ def test_json_without_a_character_is_lines_and_no_text(name: str, data: bytes):
   ],
 )
 def test_a_json_file_that_is_one_value_is_no_text(data: bytes, advice: str):
-  lines, problem = recognize("a.json", data)
-  assert not lines
+  found, problem = recognize("a.json", data)
+  assert found is TEXT
   assert re.search(advice, str(problem))
 
 

@@ -18,7 +18,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from xlstm_jax.data import documents
-from xlstm_jax.data.documents import Document, Parsed, Piece, Place, Problem
+from xlstm_jax.data.readers.lines import Lines
+from xlstm_jax.data.readers.reader import (
+  Document,
+  Parsed,
+  Place,
+  Problem,
+  Unit,
+)
 from xlstm_jax.errors import UserError
 
 LIMIT = 20_000
@@ -61,51 +68,49 @@ def line(text: Any, source: Any = None, **more: Any) -> bytes:
   return json.dumps(value).encode() + b"\n"
 
 
-def pieces_of(
+def units_of(
   path: Path,
   *,
   start: Place | None = None,
-  piece_bytes: int = 100,
+  unit_bytes: int = 100,
   limit: int = LIMIT,
-) -> list[Piece]:
+) -> list[Unit]:
   inputs = documents.find([str(path)]).files
   return list(
     documents.read(
       inputs,
       start or Place(),
-      piece_bytes=piece_bytes,
+      unit_bytes=unit_bytes,
       max_document_bytes=limit,
     )
   )
 
 
 def parse_all(
-  pieces: list[Piece], *, limit: int = LIMIT
+  units: list[Unit], *, limit: int = LIMIT
 ) -> tuple[list[Document], list[Problem]]:
   found, problems = [], []
-  for piece in pieces:
-    parsed = documents.parse(piece, max_document_bytes=limit)
+  for unit in units:
+    parsed = documents.parse(unit, max_document_bytes=limit)
     found += parsed.documents
     problems += parsed.problems
   return found, problems
 
 
 def parse_lines(data: bytes) -> Parsed:
-  piece = Piece(data, 0, 1, "default", Place(), 0)
-  return documents.parse(piece, max_document_bytes=LIMIT)
+  unit = Unit(data, 0, 1, "default", Place(), 0, Lines())
+  return documents.parse(unit, max_document_bytes=LIMIT)
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.parametrize("piece_bytes", [1, 50, 10**6])
+@pytest.mark.parametrize("unit_bytes", [1, 50, 10**6])
 def test_lines_come_back_from_every_form(
-  tmp_path: Path, name: str, piece_bytes: int
+  tmp_path: Path, name: str, unit_bytes: int
 ):
   texts = ["one", "zwei\nlines", "三 🙂", "four\u2028separators\x85"]
   data = b"".join(line(text, f"s{i % 2}") for i, text in enumerate(texts))
   (tmp_path / name).write_bytes(WRITERS[name](data))
-  found, problems = parse_all(
-    pieces_of(tmp_path / name, piece_bytes=piece_bytes)
-  )
+  found, problems = parse_all(units_of(tmp_path / name, unit_bytes=unit_bytes))
   assert not problems
   assert [d.text.decode() for d in found] == texts
   assert [d.source for d in found] == ["s0", "s1", "s0", "s1"]
@@ -126,15 +131,15 @@ def test_lines_come_back_from_every_form(
     max_size=12,
   ),
   last=st.booleans(),
-  piece_bytes=st.integers(1, 120),
+  unit_bytes=st.integers(1, 120),
   name=st.sampled_from(sorted(WRITERS)),
   data=st.data(),
 )
-def test_pieces_do_not_depend_on_their_size_or_where_reading_went_on(
+def test_units_do_not_depend_on_their_size_or_where_reading_went_on(
   tmp_path: Path,
   lines: list[bytes],
   last: bool,
-  piece_bytes: int,
+  unit_bytes: int,
   name: str,
   data: st.DataObject,
 ):
@@ -143,15 +148,15 @@ def test_pieces_do_not_depend_on_their_size_or_where_reading_went_on(
   path.write_bytes(WRITERS[name](content))
   expected = parse_lines(content)[:2] if content else ([], EMPTY)
   limit = 40
-  pieces = pieces_of(path, piece_bytes=piece_bytes)
-  assert parse_all(pieces) == expected
-  limited = parse_all(pieces_of(path, limit=limit), limit=limit)
-  small = pieces_of(path, piece_bytes=piece_bytes, limit=limit)
+  units = units_of(path, unit_bytes=unit_bytes)
+  assert parse_all(units) == expected
+  limited = parse_all(units_of(path, limit=limit), limit=limit)
+  small = units_of(path, unit_bytes=unit_bytes, limit=limit)
   assert parse_all(small, limit=limit) == limited
   if small:
     cut = data.draw(st.integers(1, len(small)))
     place = small[cut - 1].end
-    rest = pieces_of(path, start=place, piece_bytes=33, limit=limit)
+    rest = units_of(path, start=place, unit_bytes=33, limit=limit)
     first = parse_all(small[:cut], limit=limit)
     second = parse_all(rest, limit=limit)
     assert (first[0] + second[0], first[1] + second[1]) == limited
@@ -301,19 +306,19 @@ def test_a_byte_order_mark_is_dropped(tmp_path: Path):
   assert [d.text for d in found] == [b"a", b"b"]
   assert not problems
   (tmp_path / "a.txt").write_bytes(bom + b"text")
-  found, _ = parse_all(pieces_of(tmp_path / "a.txt"))
+  found, _ = parse_all(units_of(tmp_path / "a.txt"))
   assert found[0].text == b"text"
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.parametrize("piece_bytes", [1, 64, 10**6])
+@pytest.mark.parametrize("unit_bytes", [1, 64, 10**6])
 def test_a_line_that_is_too_long_is_not_kept(
-  tmp_path: Path, name: str, piece_bytes: int
+  tmp_path: Path, name: str, unit_bytes: int
 ):
   data = line("a") + line("b" * 5000) + line("c") + line("d" * 5000)[:-1]
   (tmp_path / name).write_bytes(WRITERS[name](data))
-  pieces = pieces_of(tmp_path / name, piece_bytes=piece_bytes, limit=1000)
-  found, problems = parse_all(pieces, limit=1000)
+  units = units_of(tmp_path / name, unit_bytes=unit_bytes, limit=1000)
+  found, problems = parse_all(units, limit=1000)
   assert [(d.text, d.line) for d in found] == [(b"a", 1), (b"c", 3)]
   assert [(p.line, p.reason) for p in problems] == [
     (2, "longer than 1000 bytes"),
@@ -328,7 +333,7 @@ def test_a_truncated_archive_is_named(tmp_path: Path, name: str, cut: int):
   data = WRITERS[name](b"".join(line(f"text {i}") for i in range(1000)))
   path.write_bytes(data[:-cut])
   with pytest.raises(UserError, match=f"{name} is truncated or damaged"):
-    pieces_of(path)
+    units_of(path)
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -338,7 +343,7 @@ def test_a_damaged_archive_is_named(tmp_path: Path, name: str):
   data[-1] ^= 0xFF
   path.write_bytes(data)
   with pytest.raises(UserError, match=f"{name} is truncated or damaged"):
-    pieces_of(path)
+    units_of(path)
 
 
 @settings(
@@ -360,7 +365,7 @@ def test_any_damage_is_documents_problems_or_an_error_of_ours(
   data[at : at + len(value)] = value
   path.write_bytes(data)
   try:
-    found, problems = parse_all(pieces_of(path))
+    found, problems = parse_all(units_of(path))
   except UserError as error:
     refusal = str(error)
   else:
@@ -384,7 +389,7 @@ def test_a_file_that_changes_meanwhile_is_refused(
   with pytest.raises(UserError, match=f"{name} changed while it was read"):
     list(
       documents.read(
-        inputs, Place(), piece_bytes=after + 1, max_document_bytes=LIMIT
+        inputs, Place(), unit_bytes=after + 1, max_document_bytes=LIMIT
       )
     )
 
@@ -397,12 +402,13 @@ def test_an_archive_that_expands_without_end_stays_bounded(tmp_path: Path):
   script = f"""
 import resource
 from xlstm_jax.data import documents
+from xlstm_jax.data.readers.reader import Place
 resource.setrlimit(resource.RLIMIT_AS, (3 * 2**28, 3 * 2**28))
 inputs = documents.find([{str(path)!r}]).files
-pieces = documents.read(
-  inputs, documents.Place(), piece_bytes=2**20, max_document_bytes=2**20
+units = documents.read(
+  inputs, Place(), unit_bytes=2**20, max_document_bytes=2**20
 )
-print([(p.line, p.data, p.problem, p.end.offset) for p in pieces])
+print([(p.line, p.data, p.problem, p.end.offset) for p in units])
 """
   result = subprocess.run(
     [sys.executable, "-c", script], capture_output=True, text=True, check=True
@@ -419,7 +425,7 @@ def test_text_files_are_one_document_each(tmp_path: Path):
   inputs = documents.find([str(tmp_path)])
   names = [one.name for one in inputs.files]
   assert names == ["b.txt", "c.jsonl", "a/x.py"]
-  found, problems = parse_all(pieces_of(tmp_path))
+  found, problems = parse_all(units_of(tmp_path))
   assert [(d.text, d.file) for d in found] == [
     (b"line 1\nline 2\n", 0),
     (b"json", 1),
@@ -433,7 +439,7 @@ def test_text_files_that_are_none_are_problems(tmp_path: Path):
   (tmp_path / "b.txt").write_bytes(b"")
   (tmp_path / "c.txt").write_bytes(b"x" * 200)
   (tmp_path / "d.txt").write_bytes(b"good")
-  found, problems = parse_all(pieces_of(tmp_path, limit=100))
+  found, problems = parse_all(units_of(tmp_path, limit=100))
   assert [d.text for d in found] == [b"good"]
   assert [(p.file, p.line, p.reason, p.harmless) for p in problems] == [
     (0, 0, "not UTF-8: invalid start byte", False),
@@ -445,12 +451,12 @@ def test_text_files_that_are_none_are_problems(tmp_path: Path):
 def test_reading_text_files_goes_on_behind_a_place(tmp_path: Path):
   for name in "abc":
     (tmp_path / name).write_text(name)
-  pieces = pieces_of(tmp_path)
-  for cut, piece in enumerate(pieces, 1):
-    assert pieces_of(tmp_path, start=piece.end) == pieces[cut:]
+  units = units_of(tmp_path)
+  for cut, unit in enumerate(units, 1):
+    assert units_of(tmp_path, start=unit.end) == units[cut:]
     inputs = documents.find([str(tmp_path)]).files
-    crc = documents.content_crc(inputs, piece.end, max_document_bytes=LIMIT)
-    assert crc == piece.end.crc == zlib.crc32(b"abc"[:cut])
+    crc = documents.content_crc(inputs, unit.end, max_document_bytes=LIMIT)
+    assert crc == unit.end.crc == zlib.crc32(b"abc"[:cut])
 
 
 def test_folders_pass_over_hidden_entries_and_links(tmp_path: Path):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from xlstm_jax.data import documents, journal, layout, writer
+from xlstm_jax.data import journal, layout, writer
+from xlstm_jax.data.readers.reader import Place
 from xlstm_jax.errors import UserError
 
 
@@ -15,7 +16,7 @@ def example() -> journal.Journal:
     listing="l",
     sizes="s",
     tokenizer="t",
-    place=documents.Place(1, 2, 3, 4),
+    place=Place(1, 2, 3, 4),
     sources=["a"],
     splits={
       name: writer.SplitState(

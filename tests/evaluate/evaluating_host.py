@@ -12,7 +12,7 @@ jax.distributed.initialize(f"localhost:{port}", 2, int(rank))
 from test_evaluate import DEFINITION  # noqa: E402
 
 from xlstm_jax import sharding  # noqa: E402
-from xlstm_jax.evaluate.perplexity import evaluate_split  # noqa: E402
+from xlstm_jax.evaluators.perplexity import evaluate_split  # noqa: E402
 
 mesh = sharding.make_mesh(sharding.MeshConfig())
 where = sharding.shardings(mesh, DEFINITION.axes(), DEFINITION.abstract())

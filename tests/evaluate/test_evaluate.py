@@ -24,9 +24,9 @@ from xlstm_jax.data.pipeline import DataConfig
 from xlstm_jax.data.shards import open_split
 from xlstm_jax.errors import UserError, exit_code
 from xlstm_jax.evaluate import __main__ as evaluate
-from xlstm_jax.evaluate import batches as batching
-from xlstm_jax.evaluate import perplexity
-from xlstm_jax.evaluate.perplexity import evaluate_split
+from xlstm_jax.evaluators import batches as batching
+from xlstm_jax.evaluators import perplexity
+from xlstm_jax.evaluators.perplexity import evaluate_split
 from xlstm_jax.layers.compute import Compute
 from xlstm_jax.mixers.mlstm import MLSTMConfig
 from xlstm_jax.mixers.slstm import SLSTMConfig

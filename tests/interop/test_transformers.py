@@ -16,7 +16,7 @@ import pytest
 from compiled import jit
 from data.small_datasets import write_dataset
 
-from xlstm_jax.evaluate.perplexity import evaluate_split
+from xlstm_jax.evaluators.perplexity import evaluate_split
 from xlstm_jax.generate.sampling import Sampling
 from xlstm_jax.generate.stream import generate
 from xlstm_jax.interop import hf, large

@@ -247,7 +247,8 @@ def test_a_deterministic_step_sums_no_gradient_by_atomic_additions():
     mesh = sharding.make_mesh(cfg.mesh, machine.devices)
     with jax.set_mesh(mesh):
       lowered = steps.compiled(definition, cfg, mesh).lower(
-        states.abstract(definition, mesh), steps.abstract_batch(cfg, mesh)
+        states.abstract(definition, mesh, cfg.optim),
+        steps.abstract_batch(cfg, mesh),
       )
     lines = lowered.compile().as_text().splitlines()
     sorted_by[deterministic] = [

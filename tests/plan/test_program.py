@@ -38,7 +38,7 @@ def found() -> program.Plan:
 def test_a_plan_is_of_the_step_that_trains(found):
   definition = Definition(CFG.model, CFG.compute)
   mesh = make_mesh(CFG.mesh)
-  state = states.init(definition, mesh, seed=0)
+  state = states.init(definition, mesh, CFG.optim, seed=0)
   device = jax.devices()[0]
   held = sum(
     shard.data.nbytes

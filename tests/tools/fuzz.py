@@ -44,6 +44,7 @@ from xlstm_jax import checksums, config, metrics
 from xlstm_jax.checkpoints import EVAL_LOSS, CheckpointConfig, Checkpoints
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data import documents, journal, layout, shards, tokenizer
+from xlstm_jax.data.readers.reader import Place
 from xlstm_jax.errors import UserError
 from xlstm_jax.interop import large, paper, tensor_files, tokenizer_files
 from xlstm_jax.prepare import __main__ as prepare
@@ -192,10 +193,10 @@ def _lines(name: str, compress: Callable[[bytes], bytes] = bytes) -> Target:
   def parse(folder: Path) -> None:
     limit = 2**16
     inputs = documents.find([str(folder / name)]).files
-    for piece in documents.read(
-      inputs, documents.Place(), piece_bytes=500, max_document_bytes=limit
+    for unit in documents.read(
+      inputs, Place(), unit_bytes=500, max_document_bytes=limit
     ):
-      documents.parse(piece, max_document_bytes=limit)
+      documents.parse(unit, max_document_bytes=limit)
 
   return Target(
     lambda folder: _write_lines(folder / name, compress), (name,), parse

@@ -635,7 +635,7 @@ def final_arrays(
   cfg = config.load(workdir)
   mesh = sharding.make_mesh(dataclasses.replace(cfg.mesh))
   like = states.to_items(
-    states.abstract(Definition(cfg.model, cfg.compute), mesh)
+    states.abstract(Definition(cfg.model, cfg.compute), mesh, cfg.optim)
   )
   items = Checkpoints(workdir / "checkpoints").restore(cfg.steps, like)
   leaves = jax.tree_util.tree_leaves_with_path(items)

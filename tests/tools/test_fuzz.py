@@ -13,6 +13,7 @@ import pytest
 import zstandard
 
 from xlstm_jax.data import documents
+from xlstm_jax.data.readers.reader import Place
 from xlstm_jax.errors import UserError
 from xlstm_jax.interop import tensor_files
 
@@ -129,10 +130,10 @@ attempt(endless, None, seconds=1, wall_seconds=3)
 def read_all(path, limit):
   inputs = documents.find([str(path)]).files
   problems = []
-  for piece in documents.read(
-    inputs, documents.Place(), piece_bytes=2**20, max_document_bytes=limit
+  for unit in documents.read(
+    inputs, Place(), unit_bytes=2**20, max_document_bytes=limit
   ):
-    problems += documents.parse(piece, max_document_bytes=limit)[1]
+    problems += documents.parse(unit, max_document_bytes=limit)[1]
   return problems
 
 

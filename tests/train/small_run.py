@@ -135,7 +135,7 @@ def last_step(workdir):
 def final_items(workdir, cfg):
   mesh = sharding.make_mesh(cfg.mesh)
   like = states.to_items(
-    states.abstract(Definition(cfg.model, cfg.compute), mesh)
+    states.abstract(Definition(cfg.model, cfg.compute), mesh, cfg.optim)
   )
   return Checkpoints(workdir / "checkpoints").restore(cfg.steps, like)
 

@@ -8,7 +8,7 @@ from data.small_datasets import write_dataset
 
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data.pipeline import DataConfig
-from xlstm_jax.evaluate import perplexity
+from xlstm_jax.evaluators import perplexity
 from xlstm_jax.layers.compute import Compute
 from xlstm_jax.models.config import ModelConfig
 from xlstm_jax.models.language_model import Definition

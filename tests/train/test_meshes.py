@@ -127,7 +127,8 @@ def program(cfg: RunConfig):
   mesh = sharding.make_mesh(cfg.mesh, jax.devices()[: math.prod(sizes)])
   with jax.set_mesh(mesh):
     lowered = steps.compiled(definition, cfg, mesh).lower(
-      states.abstract(definition, mesh), steps.abstract_batch(cfg, mesh)
+      states.abstract(definition, mesh, cfg.optim),
+      steps.abstract_batch(cfg, mesh),
     )
     step = lowered.compile(
       compiler_options={
@@ -155,8 +156,10 @@ def trained(cfg: RunConfig, moved: float = 0.0) -> Trained:
   with jax.enable_x64(cfg.compute.param_dtype == "float64"):
     step, mesh = program(cfg)
     params = jax.tree.map(first, initial(cfg.model))
-    places = states.shardings(Definition(cfg.model, cfg.compute), mesh)
-    state = jax.device_put(states.start(params), places)
+    places = states.shardings(
+      Definition(cfg.model, cfg.compute), mesh, cfg.optim
+    )
+    state = jax.device_put(states.start(params, cfg.optim), places)
     with jax.set_mesh(mesh):
       losses = []
       for seed in range(3):

@@ -44,7 +44,7 @@ def run(cfg, *, dropout=0.0, count=3, devices=1):
   definition = FakeDefinition(dropout=dropout)
   mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:devices])
   with jax.set_mesh(mesh):
-    state = states.init(definition, mesh, seed=cfg.seed)
+    state = states.init(definition, mesh, cfg.optim, seed=cfg.seed)
     step = steps.compiled(definition, cfg, mesh)
     measured = []
     for n in range(count):
@@ -84,7 +84,7 @@ def norm(tree):
 def test_a_step_is_the_mean_loss_over_tokens_and_one_update():
   definition = FakeDefinition()
   params = definition.init(states.keys(0)[0])
-  moments = optim.init(params)
+  moments = optim.init(CFG.optim, params)
   want = []
 
   @jax.jit
@@ -140,9 +140,14 @@ def test_dropout_follows_the_position_and_not_the_updates():
 
   def loss(updates, position):
     with jax.set_mesh(mesh):
-      state = states.init(definition, mesh, seed=0)
+      state = states.init(definition, mesh, CFG.optim, seed=0)
       state = states.from_items(
-        states.to_items(state), step=updates, position=position, mesh=mesh
+        states.to_items(state),
+        state,
+        step=updates,
+        position=position,
+        skipped=position - updates,
+        mesh=mesh,
       )
       return float(step(state, on_mesh)[1]["loss"])
 
@@ -156,7 +161,7 @@ def test_a_batch_without_tokens_changes_no_gradient_into_nan():
   mesh = sharding.make_mesh(ONE, jax.devices()[:1])
   empty = {name: np.zeros((B, T), np.int32) for name in batch()}
   with jax.set_mesh(mesh):
-    state = states.init(definition, mesh, seed=0)
+    state = states.init(definition, mesh, CFG.optim, seed=0)
     state, measured = steps.compiled(definition, CFG, mesh)(state, empty)
   assert (float(measured["loss"]), float(measured["tokens"])) == (0, 0)
   assert all(jnp.isfinite(p).all() for p in jax.tree.leaves(state.params))
@@ -182,7 +187,7 @@ def test_what_is_not_finite_never_reaches_the_parameters(bad, monkeypatch):
   wrong = good | {"inputs": np.full((B, T), 23, np.int32)}
   with jax.set_mesh(mesh):
     train_step = steps.compiled(definition, CFG, mesh)
-    state = states.init(definition, mesh, seed=0)
+    state = states.init(definition, mesh, CFG.optim, seed=0)
     before, measured = train_step(state, good)
     assert measured["skipped"] == 0
     before = jax.tree.map(np.asarray, before)
@@ -192,11 +197,13 @@ def test_what_is_not_finite_never_reaches_the_parameters(bad, monkeypatch):
     )
     assert measured["skipped"] == 1
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
-    jax.tree.map(np.testing.assert_array_equal, after.moments, before.moments)
+    jax.tree.map(
+      np.testing.assert_array_equal, after.optimizer, before.optimizer
+    )
     assert (after.step, after.position) == (2, 2)
     after, measured = train_step(after, good)
   assert measured["skipped"] == 1
-  assert after.moments.count == 2
+  assert after.optimizer.count == 2
   assert np.isfinite(measured["loss"])
 
 
@@ -204,7 +211,7 @@ def test_the_step_takes_over_the_memory_of_the_state():
   definition = FakeDefinition()
   mesh = sharding.make_mesh(ONE, jax.devices()[:1])
   with jax.set_mesh(mesh):
-    state = states.init(definition, mesh, seed=0)
+    state = states.init(definition, mesh, CFG.optim, seed=0)
     steps.compiled(definition, CFG, mesh)(state, batch())
   assert all(x.is_deleted() for x in jax.tree.leaves(state))
 
@@ -214,7 +221,8 @@ def test_the_abstract_batch_is_what_the_step_takes():
   definition = FakeDefinition()
   with jax.set_mesh(mesh):
     lowered = steps.compiled(definition, CFG, mesh).lower(
-      states.abstract(definition, mesh), steps.abstract_batch(CFG, mesh)
+      states.abstract(definition, mesh, CFG.optim),
+      steps.abstract_batch(CFG, mesh),
     )
   shapes = {x.shape for x in jax.tree.leaves(lowered.in_avals[0][1])}
   assert shapes == {(B, T)}

@@ -36,7 +36,10 @@ def program(cfg: RunConfig, devices):
   with jax.set_mesh(mesh):
     return (
       steps.compiled(definition, cfg, mesh)
-      .lower(states.abstract(definition, mesh), steps.abstract_batch(cfg, mesh))
+      .lower(
+        states.abstract(definition, mesh, cfg.optim),
+        steps.abstract_batch(cfg, mesh),
+      )
       .compile()
     )
 

@@ -10,8 +10,10 @@ from xlstm_jax import ranges, sharding
 from xlstm_jax.config.run import RunConfig
 from xlstm_jax.data.layout import Manifest
 from xlstm_jax.errors import UserError
+from xlstm_jax.evaluators.table import EVALUATORS
 from xlstm_jax.models.config import ModelConfig
 from xlstm_jax.models.kinds import KINDS, has_memory
+from xlstm_jax.optim import OPTIMIZERS
 
 
 def validate(cfg: RunConfig, manifest: Manifest | None, devices: int) -> None:
@@ -40,6 +42,11 @@ def validate(cfg: RunConfig, manifest: Manifest | None, devices: int) -> None:
 
 def _optim_problems(cfg: RunConfig) -> Iterator[str]:
   optim = cfg.optim
+  if optim.name not in OPTIMIZERS:
+    yield (
+      f"config.optim.name is {optim.name!r}; it must be one of "
+      f"{', '.join(map(repr, OPTIMIZERS))}."
+    )
   if optim.warmup_steps + optim.cooldown_steps > cfg.steps:
     yield (
       f"{optim.warmup_steps} steps of warm-up and {optim.cooldown_steps} of "
@@ -169,6 +176,7 @@ def _other_problems(cfg: RunConfig) -> Iterator[str]:
       f"config.profile is {cfg.profile}; it must be (first, last), two steps "
       f"between 1 and {cfg.steps}, or ()."
     )
+  yield from _evaluator_problems(cfg)
   every = cfg.eval_every
   if (
     every
@@ -194,6 +202,23 @@ def _other_problems(cfg: RunConfig) -> Iterator[str]:
     yield "float64 needs the environment variable JAX_ENABLE_X64=1."
 
 
+def _evaluator_problems(cfg: RunConfig) -> Iterator[str]:
+  names = cfg.evaluators.names
+  known = ", ".join(map(repr, EVALUATORS))
+  for name in names:
+    if name not in EVALUATORS:
+      yield (
+        f"config.evaluators.names holds {name!r}; each must be one of {known}."
+      )
+  if len(set(names)) < len(names):
+    yield f"config.evaluators.names is {names}; name each of them once."
+  if cfg.eval_every is not None and not names:
+    yield (
+      f"config.eval_every is {cfg.eval_every}, but config.evaluators.names is "
+      f"empty: name some of {known}, or set eval_every=none."
+    )
+
+
 def _data_problems(cfg: RunConfig, manifest: Manifest) -> Iterator[str]:
   ids = manifest.tokenizer.vocab_size
   if cfg.model.vocab_size < ids:
@@ -203,7 +228,12 @@ def _data_problems(cfg: RunConfig, manifest: Manifest) -> Iterator[str]:
     )
   if not manifest.splits["train"].total.tokens:
     yield f"The train split of {cfg.data.paths[0]} is empty."
-  if cfg.eval_every and not manifest.splits["heldout"].total.tokens:
+  heldout = cfg.eval_every and any(
+    EVALUATORS[name].reads_heldout
+    for name in cfg.evaluators.names
+    if name in EVALUATORS
+  )
+  if heldout and not manifest.splits["heldout"].total.tokens:
     yield (
       f"The held-out split of {cfg.data.paths[0]} is empty: set "
       "--config.eval_every=none or prepare it with a larger held-out fraction."

@@ -4,6 +4,7 @@ import dataclasses
 
 from xlstm_jax.checkpoints import CheckpointConfig
 from xlstm_jax.data.pipeline import DataConfig
+from xlstm_jax.evaluators.table import EvaluatorsConfig
 from xlstm_jax.layers.compute import Compute
 from xlstm_jax.models.config import ModelConfig
 from xlstm_jax.optim import OptimConfig
@@ -73,6 +74,7 @@ class RunConfig:
     mesh: The arrangement of the devices.
     compute: The precision, and what is recomputed.
     checkpoint: Which checkpoints are kept.
+    evaluators: What evaluates the run.
     health: When a run goes back to a checkpoint, and how often it may.
     limits: How long each activity may take.
     steps: Number of optimizer steps; also the length of the schedule.
@@ -81,10 +83,10 @@ class RunConfig:
       be computed one after the other. Changes memory and speed only.
     seed: Seed of the initial parameters and of dropout.
     log_every: Steps between records of the metrics.
-    eval_every: Steps between held-out evaluations; None for none. With a
-      number, the last step is evaluated too.
-    eval_tokens: Largest number of tokens of an evaluation; None for the whole
-      split.
+    eval_every: Steps between evaluations; None for none. With a number, the
+      last step is evaluated too.
+    eval_tokens: Largest number of held-out tokens of an evaluation; None for
+      the whole split.
     diagnose_every: Steps between records of how few tokens dominate the mLSTMs'
       memories; None for none. With a number, the last step is recorded too.
     save_every: Steps between checkpoints. The last step is always saved.
@@ -103,6 +105,7 @@ class RunConfig:
   mesh: MeshConfig = MeshConfig()
   compute: Compute = Compute()
   checkpoint: CheckpointConfig = CheckpointConfig()
+  evaluators: EvaluatorsConfig = EvaluatorsConfig()
   health: HealthConfig = HealthConfig()
   limits: LimitsConfig = LimitsConfig()
   steps: int = ranged(1000, at_least=1)

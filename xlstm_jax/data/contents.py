@@ -1,66 +1,25 @@
-"""What a file holds, by its first bytes: JSON lines, a text, or neither.
+"""What a file holds, by its first bytes: JSON lines, a text, or another format.
 
-A file's name decides only between the two that are read, and only if it is
-clear: .jsonl and the like are JSON lines, and .json is never a text.
+The table of formats says what first bytes and names mean. Between JSON lines
+and a text a name decides only where it is plain: .jsonl and the like are JSON
+lines, .json is never a text.
 """
 
 import codecs
-import re
 from typing import NamedTuple
 
 from xlstm_jax.data import json_lines, packings
+from xlstm_jax.data.readers import table
+from xlstm_jax.data.readers.table import JSON_LINES, TEXT, Format
 
 # Number of bytes that decide, after unpacking.
 HEAD_BYTES = 2**20
 
-_LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson", ".jl")
-# Formats that are neither JSON lines nor text: the first bytes, the name, and
-# advice.
-_OTHERS = tuple(
-  (re.compile(magic, re.DOTALL), f"{name}: {advice}")
-  for magic, name, advice in (
-    (
-      rb"PAR[1E][\x00-\x08\x0e-\x1f]",
-      "a Parquet file",
-      "turn it into JSON lines, as with "
-      "pandas.read_parquet(FILE).to_json(OUT, orient='records', lines=True)",
-    ),
-    (
-      rb"ARROW1\0|\xff\xff\xff\xff",
-      "an Arrow file",
-      "turn it into JSON lines, as with "
-      "datasets.Dataset.from_file(FILE).to_json(OUT)",
-    ),
-    (rb"Obj\x01", "an Avro file", "turn it into JSON lines"),
-    (rb"ORC[\x00-\x08\x0e-\x1f]", "an ORC file", "turn it into JSON lines"),
-    (rb"\x89HDF\r\n", "an HDF5 file", "turn it into JSON lines"),
-    (rb"SQLite format 3\0", "an SQLite database", "turn it into JSON lines"),
-    (rb"WARC/\d", "a WARC file", "turn it into JSON lines, a record each"),
-    (rb"PK(\x03\x04|\x05\x06|\x07\x08)", "a zip archive", "unpack it first"),
-    (rb"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "unpack it first"),
-    (rb"Rar!\x1a\x07", "a RAR archive", "unpack it first"),
-    (rb".{257}ustar", "a tar archive", "unpack it first, with tar -xf"),
-    (rb"\x04\x22\x4d\x18", "an lz4 file", "unpack it first, with lz4 -d"),
-    (rb"\xff\x06\0\0sNaPpY", "a snappy file", "unpack it first"),
-    (rb"\x1f\x9d", "a .Z file", "unpack it first, with uncompress"),
-    (
-      rb"\xff\xfe|\xfe\xff",
-      "UTF-16",
-      "turn it into UTF-8, as with iconv -f UTF-16 -t UTF-8",
-    ),
-    (
-      rb"version https://git-lfs\.github\.com/spec/",
-      "a pointer of Git LFS, not the file itself",
-      "fetch that, with git lfs pull",
-    ),
-  )
-)
-
 
 class Content(NamedTuple):
-  """Whether a file is read as JSON lines or as one text, or why as neither."""
+  """As what a file is read, or why it cannot be."""
 
-  lines: bool
+  format: Format
   problem: str | None = None
 
 
@@ -81,27 +40,28 @@ def recognize(
   if named:
     suffix = next(s for s in named.suffixes if lower.endswith(s))
     stem = lower.removesuffix(suffix)
-  lines, json = stem.endswith(_LINES), stem.endswith(".json")
-  if head and (problem := _other_format(head)):
-    return Content(lines, problem)
+  lines = stem.endswith(JSON_LINES.suffixes)
+  json = stem.endswith(".json")
+  named_format = JSON_LINES if lines else TEXT
+  found = table.by_name(stem)
+  if found is None and (again := packings.of(head)):
+    problem = f"packed twice: unpack it once, with {again.command}"
+    return Content(named_format, problem)
+  if found := found or table.by_content(head):
+    if found.reader is None:
+      return Content(named_format, f"{found.name}: {found.advice}")
+    return Content(found)
   if not head:
-    return Content(lines or json)
+    return Content(JSON_LINES if lines or json else TEXT)
   text = head.decode(errors="surrogateescape")
   if json_lines.are_in(text, cut=not whole, expected=lines or json):
-    return Content(lines=True)
+    return Content(JSON_LINES)
   if named and packing is None and not _is_text(head):
     return Content(
-      lines, f"no {named.name} file, as its name says, and no text: damaged"
+      named_format,
+      f"no {named.name} file, as its name says, and no text: damaged",
     )
-  if lines:
-    return Content(lines)
-  return _of_json(text, packing) if json else Content(lines=False)
-
-
-def _other_format(head: bytes) -> str | None:
-  if again := packings.of(head):
-    return f"packed twice: unpack it once, with {again.command}"
-  return next((what for magic, what in _OTHERS if magic.match(head)), None)
+  return _of_json(text, packing) if json else Content(named_format)
 
 
 def _is_text(head: bytes) -> bool:
@@ -117,7 +77,7 @@ def _of_json(text: str, packing: packings.Packing | None) -> Content:
   """What a .json file holds that does not begin like JSON lines."""
   first = text.lstrip("\ufeff \t\r\n")[:1]
   if not first:
-    return Content(lines=True)
+    return Content(JSON_LINES)
   read = f"{packing.command} FILE | jq -c" if packing else "jq -c"
   file = "" if packing else " FILE"
   if first == "[":
@@ -132,4 +92,4 @@ def _of_json(text: str, packing: packings.Packing | None) -> Content:
     )
   else:
     problem = "named .json, but not JSON lines: rename it if it is a text"
-  return Content(lines=False, problem=problem)
+  return Content(TEXT, problem)

@@ -1,7 +1,8 @@
-"""Encodes pieces of the inputs as documents of tokens, in other processes."""
+"""Encodes units of the inputs as documents of tokens, in other processes."""
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import signal
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from xlstm_jax.data import documents, layout, tokenizer
+from xlstm_jax.data.readers.reader import Document, Place, Problem, Unit
 
 _ENDS_INSIDE = "its text cannot be told from the end of a text"
 
@@ -32,22 +34,22 @@ class EncodedSplit:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-  """The encoded documents of some pieces; the last piece ends at `end`.
+  """The encoded documents of some units; the last unit ends at `end`.
 
   `sources` are in the order in which the documents first name them. `empty`
   counts the lines without text.
   """
 
-  end: documents.Place
+  end: Place
   raw: int
   splits: dict[str, EncodedSplit]
   sources: list[str]
-  problems: list[documents.Problem]
+  problems: list[Problem]
   empty: int
 
 
 class Encoder:
-  """Parses pieces, splits the documents by their hash and encodes them."""
+  """Parses units, splits the documents by their hash and encodes them."""
 
   def __init__(
     self,
@@ -60,14 +62,20 @@ class Encoder:
     self._heldout_fraction = heldout_fraction
     self._max_document_bytes = max_document_bytes
 
-  def __call__(self, pieces: Sequence[documents.Piece]) -> Encoded:
-    """Encodes the documents of consecutive pieces."""
+  def __call__(self, units: Sequence[Unit]) -> Encoded:
+    """Encodes the documents of consecutive units."""
     found, problems, empty = [], [], 0
-    for piece in pieces:
+    for unit in units:
       parsed = documents.parse(
-        piece, max_document_bytes=self._max_document_bytes
+        unit, max_document_bytes=self._max_document_bytes
       )
-      found += parsed.documents
+      for document in parsed.documents:
+        if document.tokens is not None:
+          document, problem = self._with_text(document, document.tokens)
+          if problem is not None:
+            problems.append(problem)
+            continue
+        found.append(document)
       problems += parsed.problems
       empty += parsed.empty
     names = dict.fromkeys(document.source for document in found)
@@ -80,21 +88,39 @@ class Encoder:
       splits[name], wrong = self._encode(part, sources)
       problems += wrong
     return Encoded(
-      end=pieces[-1].end,
-      raw=pieces[-1].raw,
+      end=units[-1].end,
+      raw=units[-1].raw,
       splits=splits,
       sources=list(sources),
       problems=sorted(problems),
       empty=empty,
     )
 
+  def _with_text(
+    self, document: Document, tokens: np.ndarray
+  ) -> tuple[Document, Problem | None]:
+    """A document of token ids and their text, or what is wrong with them."""
+    ids, end = self._tokenizer.vocab_size, self._tokenizer.end_of_text
+    reason = None
+    if not len(tokens):
+      reason = "no tokens"
+    elif tokens.min() < 0 or tokens.max() >= ids:
+      wrong = tokens[(tokens < 0) | (tokens >= ids)][0]
+      reason = f"token id {wrong}, but the tokenizer has ids below {ids}"
+    elif (tokens == end).any():
+      reason = f"the id {end} of the end of a text inside"
+    if reason is not None:
+      return document, Problem(document.file, document.line, reason)
+    text = self._tokenizer.decode(tokens.tolist()).encode()
+    return document._replace(text=text), None
+
   def _encode(
-    self, part: list[documents.Document], sources: dict[str, int]
-  ) -> tuple[EncodedSplit, list[documents.Problem]]:
-    tokens, lengths = self._tokenizer.encode_documents([d.text for d in part])
+    self, part: list[Document], sources: dict[str, int]
+  ) -> tuple[EncodedSplit, list[Problem]]:
+    tokens, lengths = self._tokens(part)
     keep = lengths >= 0
     problems = [
-      documents.Problem(part[i].file, part[i].line, _ENDS_INSIDE)
+      Problem(part[i].file, part[i].line, _ENDS_INSIDE)
       for i in np.flatnonzero(~keep).tolist()
     ]
     encoded = EncodedSplit(
@@ -104,6 +130,23 @@ class Encoder:
       sizes=np.array([len(d.text) for d in part], np.int64)[keep],
     )
     return encoded, problems
+
+  def _tokens(self, part: list[Document]) -> tuple[np.ndarray, np.ndarray]:
+    """As `Tokenizer.encode_documents`; ids that are given stay as they are."""
+    made = []
+    for given, group in itertools.groupby(part, lambda d: d.tokens is not None):
+      if given:
+        made += [self._ended(d.tokens) for d in group if d.tokens is not None]
+      else:
+        made.append(self._tokenizer.encode_documents([d.text for d in group]))
+    if not made:
+      return self._tokenizer.encode_documents([])
+    tokens, lengths = zip(*made, strict=True)
+    return np.concatenate(tokens), np.concatenate(lengths)
+
+  def _ended(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.append(ids, self._tokenizer.end_of_text)
+    return tokens.astype(self._tokenizer.dtype), np.array([len(ids)])
 
 
 def split_of(text: bytes, heldout_fraction: float) -> str:
@@ -136,10 +179,10 @@ def start_worker(
   )
 
 
-def encode(pieces: Sequence[documents.Piece]) -> Encoded:
+def encode(units: Sequence[Unit]) -> Encoded:
   """Encodes in a process that `start_worker` prepared."""
   assert _encoder
-  return _encoder(pieces)
+  return _encoder(units)
 
 
 _encoder: Encoder | None = None

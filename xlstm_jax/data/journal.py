@@ -16,6 +16,7 @@ from msgspec import Meta
 from xlstm_jax import files
 from xlstm_jax.data import documents, layout, writer
 from xlstm_jax.data.layout import Count
+from xlstm_jax.data.readers.reader import Place
 from xlstm_jax.errors import UserError
 
 _VERSION = 1
@@ -45,7 +46,7 @@ class Journal:
   listing: str
   sizes: str
   tokenizer: str = ""
-  place: documents.Place = documents.Place()
+  place: Place = Place()
   sources: list[str] = dataclasses.field(default_factory=list)
   splits: dict[str, writer.SplitState] = dataclasses.field(
     default_factory=lambda: {

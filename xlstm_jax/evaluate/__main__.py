@@ -1,4 +1,4 @@
-"""`python -m xlstm_jax.evaluate`: perplexity of held-out text."""
+"""`python -m xlstm_jax.evaluate`: perplexity of held-out text, and more."""
 
 import argparse
 import contextlib
@@ -12,11 +12,13 @@ import jax
 import numpy as np
 
 from xlstm_jax import files, ngrams, paths, sharding, trained
+from xlstm_jax.config import RunConfig
 from xlstm_jax.data.layout import SPLITS
 from xlstm_jax.data.shards import Split, open_split
 from xlstm_jax.errors import UserError, exit_code
-from xlstm_jax.evaluate.perplexity import (
-  Context,
+from xlstm_jax.evaluators import table as evaluators
+from xlstm_jax.evaluators.evaluator import Context, Subject
+from xlstm_jax.evaluators.perplexity import (
   Result,
   Score,
   by_source,
@@ -27,7 +29,8 @@ from xlstm_jax.sharding import MeshConfig
 _DESCRIPTION = """\
 Scores a trained model on held-out text, in total and per source: perplexity
 per token, and bits per UTF-8 byte of text (nats / ln 2 / bytes), which compares
-across tokenizers. Every token of every document and its end counts once.
+across tokenizers. Every token of every document and its end counts once. Other
+evaluators of the run (config.evaluators.names) give their figures after that.
 """
 _EXAMPLES = """\
 examples:
@@ -83,12 +86,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
       f"\n{options.split} of {path}\n{table(result, baselines)}", flush=True
     )
     report["data"][str(path)] = _as_json(split, result, baselines)
+  subject = Subject(
+    definition=model.definition,
+    params=model.params,
+    mesh=mesh,
+    heldout=list(splits.values()),
+    context=context,
+    batch_size=batch_size,
+    piece=piece,
+  )
+  with _memory_explained(context, batch_size):
+    figures = _other_figures(subject, model.cfg)
+  if figures:
+    lines = [f"{name} {value:.4f}" for name, value in figures.items()]
+    print("\n" + "\n".join(lines), flush=True)
+    report["figures"] = {n: _finite(value) for n, value in figures.items()}
   if options.json is not None:
     path = Path(options.json)
     with files.writing(path):
       path.parent.mkdir(parents=True, exist_ok=True)
       files.write_json(path, report)
   return 0
+
+
+def _other_figures(subject: Subject, cfg: RunConfig) -> dict[str, float]:
+  """What the run's evaluators find, except for the perplexity."""
+  names = [n for n in cfg.evaluators.names if n != evaluators.PERPLEXITY]
+  for name in names:
+    if name not in evaluators.EVALUATORS:
+      raise UserError(
+        f"The run names the evaluator {name!r}; there are "
+        f"{', '.join(evaluators.EVALUATORS)}."
+      )
+  return evaluators.figures(subject, cfg.evaluators, tuple(names))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -46,7 +46,7 @@ class Plan:
     seconds_at_peak: Time of a step if all devices did those FLOPs at their
       peak; None if that is unknown.
     parameter_bytes: Size of the stored parameters.
-    optimizer_bytes: Size of the stored moments.
+    optimizer_bytes: Size of what the optimizer keeps.
     batch_bytes: Size of the input.
     temporary_bytes: Size of gradients, activations and everything else that
       lives only in the step; None if the compiler gave up.
@@ -100,7 +100,7 @@ def plan(cfg: RunConfig, machine: Machine) -> Plan:
   config.validate(cfg, None, len(machine.devices))
   definition = Definition(cfg.model, cfg.compute)
   mesh = sharding.make_mesh(cfg.mesh, machine.devices)
-  state = states.abstract(definition, mesh)
+  state = states.abstract(definition, mesh, cfg.optim)
   batch = steps.abstract_batch(cfg, mesh)
   tokens = cfg.batch_size * cfg.data.context
   flops = counts.train_flops_per_token(cfg.model, cfg.data.context)
@@ -137,7 +137,7 @@ def plan(cfg: RunConfig, machine: Machine) -> Plan:
       else flops * tokens / peak_flops / len(machine.devices)
     ),
     parameter_bytes=bytes_per_device(state.params),
-    optimizer_bytes=bytes_per_device(state.moments),
+    optimizer_bytes=bytes_per_device(state.optimizer),
     batch_bytes=bytes_per_device(batch),
     memory=machine.memory,
     device_memory=machine.device_memory,

@@ -21,6 +21,7 @@ from xlstm_jax.data import (
   tokenizer,
   writer,
 )
+from xlstm_jax.data.readers.reader import Input, Place, Problem
 from xlstm_jax.errors import UserError
 from xlstm_jax.prepare import refusals, report, workers
 from xlstm_jax.prepare.report import say
@@ -89,7 +90,7 @@ class Preparation:
   def __init__(
     self,
     options: Options,
-    inputs: Sequence[documents.Input],
+    inputs: Sequence[Input],
     output: Path,
   ):
     self._options = options
@@ -139,7 +140,7 @@ class Preparation:
       refusals.refuse_strangers(self._output)
       new.save(self._output)
       return new
-    if old.place == documents.Place():
+    if old.place == Place():
       # Nothing is lost by starting over with whatever is asked for now. A
       # tokenizer that was trained on the same inputs stays.
       same = all(
@@ -171,7 +172,7 @@ class Preparation:
     # What is left is read by the new rules.
     old.rules = new.rules
 
-  def _check_contents(self, place: documents.Place) -> None:
+  def _check_contents(self, place: Place) -> None:
     say("the inputs have other modification times: checking their contents")
     crc = documents.content_crc(
       self._inputs, place, max_document_bytes=self._max_document_bytes
@@ -220,22 +221,27 @@ class Preparation:
             yield part
           left -= len(part.encode())
 
-  def _texts(self, inputs: Sequence[documents.Input]) -> Iterator[bytes]:
+  def _texts(self, inputs: Sequence[Input]) -> Iterator[bytes]:
     limit = self._max_document_bytes
-    for piece in documents.read(
+    for unit in documents.read(
       inputs,
-      documents.Place(),
-      piece_bytes=workers.TASK_BYTES,
+      Place(),
+      unit_bytes=workers.TASK_BYTES,
       max_document_bytes=limit,
     ):
-      for one in documents.parse(piece, max_document_bytes=limit).documents:
+      for one in documents.parse(unit, max_document_bytes=limit).documents:
+        if one.tokens is not None:
+          raise UserError(
+            f"{inputs[one.file].path} holds token ids, which train no "
+            "tokenizer: give the one that made them with --tokenizer=FILE."
+          )
         split = encoding.split_of(one.text, self._options.heldout_fraction)
         if split == "train":
           yield one.text
 
   def _encode_all(self, tokens: tokenizer.Tokenizer) -> int:
     """Encodes what is left; returns the signal that ended it early, or 0."""
-    if self._journal.place != documents.Place():
+    if self._journal.place != Place():
       done = sum(c.documents for c in self._journal.totals.values())
       say(f"continuing behind {done:,} documents")
     progress = report.Progress(self._inputs, self._journal.place)
@@ -257,14 +263,14 @@ class Preparation:
   def _encoded(
     self, tokens: tokenizer.Tokenizer
   ) -> contextlib.AbstractContextManager[Iterator[encoding.Encoded]]:
-    pieces = documents.read(
+    units = documents.read(
       self._inputs,
       self._journal.place,
-      piece_bytes=workers.TASK_BYTES,
+      unit_bytes=workers.TASK_BYTES,
       max_document_bytes=self._max_document_bytes,
     )
     return workers.encoded(
-      pieces,
+      units,
       tokens,
       folder=self._output,
       heldout_fraction=self._options.heldout_fraction,
@@ -295,7 +301,7 @@ class Preparation:
       self._journal.sources.append(name)
     return self._source_ids[name]
 
-  def _record(self, problem: documents.Problem) -> None:
+  def _record(self, problem: Problem) -> None:
     """Counts and reports a document that is skipped; refuses too many."""
     state = self._journal
     one = self._inputs[problem.file]

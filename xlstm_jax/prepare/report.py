@@ -7,7 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from xlstm_jax.data import documents, encoding, journal, layout
+from xlstm_jax.data import encoding, journal, layout
+from xlstm_jax.data.readers.reader import Input, Place, Problem
 
 
 class Skipped:
@@ -30,7 +31,7 @@ class Skipped:
           file.readline()
         file.truncate(file.tell())
 
-  def add(self, name: str, problem: documents.Problem) -> None:
+  def add(self, name: str, problem: Problem) -> None:
     """Lists one more, with the next `write`."""
     value = {"file": name, "line": problem.line, "reason": problem.reason}
     self._waiting.append(f"{json.dumps(value)}\n")
@@ -48,7 +49,7 @@ class Skipped:
 class Progress:
   """A line on stderr: often on a terminal, else every half minute."""
 
-  def __init__(self, inputs: Sequence[documents.Input], place: documents.Place):
+  def __init__(self, inputs: Sequence[Input], place: Place):
     self._before = [0]
     for one in inputs:
       self._before.append(self._before[-1] + one.size)

@@ -8,7 +8,8 @@ from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from xlstm_jax.data import documents, encoding, tokenizer
+from xlstm_jax.data import encoding, tokenizer
+from xlstm_jax.data.readers.reader import Unit
 from xlstm_jax.errors import UserError
 
 # Text per task of a worker: large against the cost of sending a message.
@@ -17,7 +18,7 @@ TASK_BYTES = 2**20
 
 @contextlib.contextmanager
 def encoded(
-  pieces: Iterable[documents.Piece],
+  units: Iterable[Unit],
   tokens: tokenizer.Tokenizer,
   *,
   folder: Path,
@@ -25,10 +26,10 @@ def encoded(
   max_document_bytes: int,
   workers: int,
 ) -> Iterator[Iterator[encoding.Encoded]]:
-  """Within, what the pieces make, in their order.
+  """Within, what the units make, in their order.
 
   Args:
-    pieces: of the inputs.
+    units: of the inputs.
     tokens: the tokenizer.
     folder: holds that tokenizer, for other processes.
     heldout_fraction: share of the documents held out.
@@ -44,7 +45,7 @@ def encoded(
       heldout_fraction=heldout_fraction,
       max_document_bytes=max_document_bytes,
     )
-    yield map(encoder, _tasks(pieces))
+    yield map(encoder, _tasks(units))
     return
   pool = futures.ProcessPoolExecutor(
     workers,
@@ -53,7 +54,7 @@ def encoded(
     initargs=(folder, heldout_fraction, max_document_bytes),
   )
   try:
-    yield _in_order(pool, _tasks(pieces), workers)
+    yield _in_order(pool, _tasks(units), workers)
   except BrokenProcessPool as error:
     raise UserError(
       "A worker process died, for want of memory perhaps; run the same "
@@ -64,14 +65,14 @@ def encoded(
 
 
 def _tasks(
-  pieces: Iterable[documents.Piece],
-) -> Iterator[list[documents.Piece]]:
-  """Groups small pieces, as of short text files."""
+  units: Iterable[Unit],
+) -> Iterator[list[Unit]]:
+  """Groups small units, as of short text files."""
   task, held = [], 0
-  for piece in pieces:
-    task.append(piece)
-    # The constant stands for what a piece costs beside its data.
-    held += len(piece.data) + 256
+  for unit in units:
+    task.append(unit)
+    # The constant stands for what a unit costs beside its data.
+    held += len(unit.data) + 256
     if held >= TASK_BYTES:
       yield task
       task, held = [], 0
@@ -81,7 +82,7 @@ def _tasks(
 
 def _in_order(
   pool: futures.Executor,
-  tasks: Iterable[list[documents.Piece]],
+  tasks: Iterable[list[Unit]],
   workers: int,
 ) -> Iterator[encoding.Encoded]:
   """Encodes in the pool, holding no more tasks than keep it busy."""

@@ -29,7 +29,7 @@ def checked_step(run: Run) -> Any:
   """
   kernels = _kernels(run)
   lowered = steps.compiled(run.definition, run.cfg, run.mesh).lower(
-    states.abstract(run.definition, run.mesh),
+    states.abstract(run.definition, run.mesh, run.cfg.optim),
     steps.abstract_batch(run.cfg, run.mesh),
   )
   with concurrent.futures.ThreadPoolExecutor(1) as thread:

@@ -172,7 +172,7 @@ def _train(
   goodput.write(at.step)
   begun = at.step
   with contextlib.ExitStack() as stack:
-    owed = EVAL_LOSS if at.owes_evaluation else None
+    owed = metrics.EVALUATED if at.owes_evaluation else None
     log = metrics.Log(run.workdir, step=at.step, without=owed)
     stack.enter_context(contextlib.closing(log))
     profile = Profile(cfg.profile, run.workdir / "profile")
@@ -268,7 +268,7 @@ def _evaluate(
   clock: metrics.Clock,
   reports: report.Report,
 ) -> dict[str, float]:
-  """Scores the held-out text; if `Stopped`, the evaluation remains owed."""
+  """Runs the evaluators; raises `Stopped` and owes them if interrupted."""
   at.owes_evaluation = True
   with clock.spent_on(accounting.EVAL):
     scores = heldout.scores(run, at.state.params, before_batch=stopped.check)
@@ -289,5 +289,5 @@ def _save(
     run.checkpoints.save(
       at.step,
       {**states.to_items(at.state), "progress": resume.to_json(run, at)},
-      {EVAL_LOSS: scores[EVAL_LOSS]} if scores else None,
+      {EVAL_LOSS: scores[EVAL_LOSS]} if EVAL_LOSS in scores else None,
     )

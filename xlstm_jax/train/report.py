@@ -3,6 +3,7 @@
 import jax
 
 from xlstm_jax import metrics
+from xlstm_jax.checkpoints import EVAL_LOSS
 from xlstm_jax.config import RunConfig
 from xlstm_jax.models import counts
 from xlstm_jax.runtime.accounting import COMPILE, DATA, STEP
@@ -10,6 +11,9 @@ from xlstm_jax.runtime.output import say
 from xlstm_jax.train.health import Finding, Health
 from xlstm_jax.train.run import Run
 from xlstm_jax.train.step import Metrics
+
+# One line says enough of these and of the losses by source.
+_HELDOUT = (EVAL_LOSS, "eval_perplexity", "eval_bits_per_byte")
 
 
 def describe(run: Run) -> None:
@@ -117,13 +121,21 @@ class Report:
       self._record(step, measured)
 
   def evaluated(self, step: int, scores: metrics.Record) -> None:
-    """Reports a held-out evaluation."""
+    """Reports an evaluation."""
     self._log.write(step, scores)
-    loss = scores["eval_loss"]
-    say(
-      f"eval {step:>6}  loss {loss:.4f}  "
-      f"perplexity {metrics.perplexity(loss):.4g}  held out"
-    )
+    if EVAL_LOSS in scores:
+      loss = scores[EVAL_LOSS]
+      say(
+        f"eval {step:>6}  loss {loss:.4f}  "
+        f"perplexity {metrics.perplexity(loss):.4g}  held out"
+      )
+    others = [
+      f"{name.removeprefix(metrics.EVALUATED)} {value:.4g}"
+      for name, value in scores.items()
+      if name not in _HELDOUT and not name.startswith(f"{EVAL_LOSS}/")
+    ]
+    if others:
+      say(f"eval {step:>6}  {'  '.join(others)}")
 
   def diagnosed(self, step: int, figures: metrics.Record) -> None:
     """Reports how few tokens dominate the memories (`diagnosis.figures`)."""

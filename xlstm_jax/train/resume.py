@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 
 from xlstm_jax import config, metrics
-from xlstm_jax.checkpoints import EVAL_LOSS, Checkpoints
+from xlstm_jax.checkpoints import Checkpoints
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data import tokenizer
 from xlstm_jax.data.pipeline import DataConfig, mixing_pattern
@@ -39,6 +39,14 @@ def check_same_run(run: Run) -> None:
     raise UserError(
       f"The workdir {run.workdir} holds imported parameters and no run: train "
       f"in another one with --config.init_from={run.workdir}."
+    )
+  if "optim.name" in changed:
+    old, new = changed["optim.name"]
+    raise UserError(
+      f"The workdir {run.workdir} holds a run of another optimizer "
+      f"(optim.name: {old} -> {new}), whose state does not fit: go on with "
+      f"--config.optim.name={old}, or train in another workdir with "
+      f"--config.init_from={run.workdir}."
     )
   saved = progress(run.checkpoints, step)
   _check_tokenizer(run, saved["tokenizer"], run.workdir)
@@ -170,7 +178,9 @@ def start(run: Run) -> Progress:
     return _restored(run, step)
   if run.cfg.init_from is None:
     say("start     new run")
-    state = states.init(run.definition, run.mesh, seed=run.cfg.seed)
+    state = states.init(
+      run.definition, run.mesh, run.cfg.optim, seed=run.cfg.seed
+    )
   else:
     state = _initialized(run, epath.Path(run.cfg.init_from).expanduser())
   return Progress(state, 0, 0, Health(run.cfg.health), owes_evaluation=False)
@@ -199,7 +209,7 @@ def is_finished(
     return False
   if progress(checkpoints, step)["owes_evaluation"]:
     records = [r for r in metrics.read(workdir) if r["step"] == step]
-    if not any(EVAL_LOSS in record for record in records):
+    if not any(metrics.holds(record, metrics.EVALUATED) for record in records):
       return False
   say(f"The run in {workdir} is finished: {step} of {cfg.steps} steps.")
   return True
@@ -215,6 +225,7 @@ def to_json(run: Run, at: Progress) -> dict[str, Any]:
   return {
     "step": at.step,
     "windows": at.position * run.cfg.batch_size,
+    "skipped": int(at.state.skipped),
     "seed": run.cfg.seed,
     "tokenizer": run.manifests[0].tokenizer.hash,
     "data": [manifest.hash for manifest in run.manifests],
@@ -233,20 +244,32 @@ def _initialized(run: Run, other: epath.Path) -> TrainState:
   if (other / tokenizer.SPEC_FILE).exists():
     _check_tokenizer(run, tokenizer.load(other).hash, other)
   say(f"start     parameters of {other}, step {step}")
-  like = states.abstract(run.definition, run.mesh).params
+  like = states.abstract(run.definition, run.mesh, run.cfg.optim).params
   params = checkpoints.restore(step, {"params": like})["params"]
   checkpoints.close()
-  return states.from_params(params, run.definition, run.mesh)
+  return states.from_params(params, run.definition, run.mesh, run.cfg.optim)
 
 
 def _restored(run: Run, step: int) -> Progress:
-  like = states.to_items(states.abstract(run.definition, run.mesh))
-  items = run.checkpoints.restore(step, {**like, "progress": None})
+  like = states.abstract(run.definition, run.mesh, run.cfg.optim)
+  wanted = {**states.to_items(like), "progress": None}
+  items = run.checkpoints.restore(step, wanted)
   saved = items["progress"]
   position = next_batch(windows=saved["windows"], batch_size=run.cfg.batch_size)
+  skipped = saved.get("skipped")
+  if skipped is None:
+    # An older version's checkpoint; its optimizer counts its updates.
+    skipped = step - int(items["optimizer"]["count"])
   say(f"start     step {step}, batch {position} of the data")
   return Progress(
-    states.from_items(items, step=step, position=position, mesh=run.mesh),
+    states.from_items(
+      items,
+      like,
+      step=step,
+      position=position,
+      skipped=skipped,
+      mesh=run.mesh,
+    ),
     step,
     position,
     Health(run.cfg.health, saved["health"]),

@@ -24,7 +24,7 @@ def compiled(definition: Definition, cfg: RunConfig, mesh: Mesh) -> Any:
 
   Training, plans for other machines and benchmarks all use this function.
   """
-  of_state = states.shardings(definition, mesh)
+  of_state = states.shardings(definition, mesh, cfg.optim)
   return jax.jit(
     functools.partial(train_step, definition=definition, cfg=cfg, mesh=mesh),
     in_shardings=(of_state, sharding.batch_sharding(mesh)),
@@ -73,8 +73,8 @@ def train_step(
   The loss is the sum over all tokens of the global batch divided by their
   number, whatever the sharding, the accumulation and the packing.
 
-  If the loss or the gradient is not finite, parameters and moments stay as they
-  are, and only step and position advance.
+  Where the loss or the gradient is not finite, parameters and optimizer stay
+  as they are, and the step counts as skipped.
 
   Returns:
     The state, and "loss" (nats per token), "tokens" (that count),
@@ -92,20 +92,23 @@ def train_step(
   count = jnp.maximum(tokens, 1)
   grads = jax.tree.map(lambda g: g / count, grads)
   rate = optim.learning_rate(cfg.optim, state.step, steps=cfg.steps)
-  updates, moments = optim.update(cfg.optim, grads, state.moments, state.params)
+  updates, optimizer = optim.update(
+    cfg.optim, grads, state.optimizer, state.params
+  )
   params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
   loss, grad_norm = loss_sum / count, optax.tree.norm(grads)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-  params, moments = jax.tree.map(
+  params, optimizer = jax.tree.map(
     lambda new, old: jnp.where(finite, new, old),
-    (params, moments),
-    (state.params, state.moments),
+    (params, optimizer),
+    (state.params, state.optimizer),
   )
   new = TrainState(
     params=params,
-    moments=moments,
+    optimizer=optimizer,
     step=state.step + 1,
     position=state.position + 1,
+    skipped=state.skipped + jnp.where(finite, 0, 1),
   )
   return new, {
     "loss": loss,
@@ -113,7 +116,7 @@ def train_step(
     "grad_norm": grad_norm,
     "param_norm": optax.tree.norm(state.params),
     "learning_rate": rate,
-    "skipped": new.step - moments.count,
+    "skipped": new.skipped,
   }
 
 

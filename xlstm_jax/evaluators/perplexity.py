@@ -5,7 +5,6 @@ import functools
 import math
 import os
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import jax
 import numpy as np
@@ -14,12 +13,11 @@ from jax.sharding import Mesh
 from xlstm_jax import sharding
 from xlstm_jax.data.shards import Split, open_split
 from xlstm_jax.errors import UserError
-from xlstm_jax.evaluate import batches
-from xlstm_jax.evaluate.batches import Batch
+from xlstm_jax.evaluators import batches
+from xlstm_jax.evaluators.batches import Batch
+from xlstm_jax.evaluators.evaluator import Context, Figures, Subject
 from xlstm_jax.models.language_model import Definition, Params
 from xlstm_jax.objective import token_losses
-
-Context = int | Literal["document"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +68,39 @@ class Result:
   def total(self) -> Score:
     """The score over all sources."""
     return sum(self.sources.values(), Score())
+
+
+def run(subject: Subject, settings: object) -> Figures:
+  """The held-out loss, perplexity and bits per byte, and losses by source.
+
+  All splits count as one text, and those of one name as one source.
+  """
+  del settings
+  all_tokens = sum(split.tokens for split in subject.heldout)
+  sources: dict[str, Score] = {}
+  for split in subject.heldout:
+    limit = subject.max_tokens
+    if limit is not None:
+      limit = max(limit * split.tokens // all_tokens, 1)
+    result = evaluate_split(
+      subject.definition,
+      subject.params,
+      split,
+      context=subject.context,
+      batch_size=subject.batch_size,
+      mesh=subject.mesh,
+      max_tokens=limit,
+      piece=subject.piece,
+      loss_chunk=subject.loss_chunk,
+      before_batch=subject.before_batch,
+    )
+    for name, score in result.sources.items():
+      sources[name] = sources.get(name, Score()) + score
+  total = Result(sources).total
+  found = {"loss": total.loss, "perplexity": total.perplexity}
+  if total.bits_per_byte is not None:
+    found["bits_per_byte"] = total.bits_per_byte
+  return found | {f"loss/{name}": s.loss for name, s in sources.items()}
 
 
 def evaluate_split(

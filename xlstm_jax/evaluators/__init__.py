@@ -1,0 +1,1 @@
+"""What turns parameters into named figures, during training and after it."""
