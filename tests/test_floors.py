@@ -17,7 +17,7 @@ FLOORS = (
   ("mixers",),
   ("models",),
   ("optim", "checkpoints", "metrics", "objective", "ngrams", "data"),
-  ("config",),
+  ("config", "progress"),
   ("trained", "runtime"),
   ("evaluate", "generate", "prepare", "interop"),
   ("train",),

@@ -124,7 +124,9 @@ class Meeting:
       rollbacks.peers, "meet", lambda name, *, seconds: self.names.append(name)
     )
     monkeypatch.setattr(
-      rollbacks.resume, "progress", lambda run, step: {"windows": 8 * step}
+      rollbacks.progress,
+      "read",
+      lambda checkpoints, step: types.SimpleNamespace(windows=8 * step),
     )
     monkeypatch.setattr("jax.process_index", lambda: self.index)
 
@@ -325,12 +327,13 @@ def test_a_run_does_not_go_back_to_a_step_damaged_meanwhile(
 LATE = """
 import time
 import jax, jax.numpy as jnp, numpy as np
+from xlstm_jax import progress
 from xlstm_jax.data import pipeline
-from xlstm_jax.train import loop, resume, rollbacks
+from xlstm_jax.train import loop, rollbacks
 from xlstm_jax.train import step as steps
 
 batches, loss_sum = pipeline.batches, steps._loss_sum
-progress = resume.progress
+read = progress.read
 
 def poison(*args, position, **kwargs):
   stream = batches(*args, position=position, **kwargs)
@@ -345,13 +348,13 @@ def spoiled(params, *, batch, **kwargs):
 
 # The last thing that both have to do together before they decide.
 def late(checkpoints, step):
-  found = progress(checkpoints, step)
+  found = read(checkpoints, step)
   file = checkpoints.directory.parent / rollbacks.FILE
   while jax.process_index() == 1 and not file.exists():
     time.sleep(0.05)
   return found
 
-pipeline.batches, steps._loss_sum, resume.progress = poison, spoiled, late
+pipeline.batches, steps._loss_sum, progress.read = poison, spoiled, late
 """
 
 

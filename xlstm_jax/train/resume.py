@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from xlstm_jax import config, metrics
+from xlstm_jax import config, metrics, progress
 from xlstm_jax.checkpoints import EVAL_LOSS, Checkpoints
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data import tokenizer
-from xlstm_jax.data.pipeline import DataConfig, mixing_pattern
+from xlstm_jax.data.pipeline import mixing_pattern
 from xlstm_jax.errors import UserError
+from xlstm_jax.progress import Progress, WindowOrder
 from xlstm_jax.runtime.output import say
 from xlstm_jax.train import state as states
 from xlstm_jax.train.health import Health
@@ -35,13 +36,13 @@ def check_same_run(run: Run) -> None:
       f"({_listed(of_model)}): use another workdir, or the model it was begun "
       "with."
     )
-  if "progress" not in run.checkpoints.items(step):
+  if not progress.exists(run.checkpoints, step):
     raise UserError(
       f"The workdir {run.workdir} holds imported parameters and no run: train "
       f"in another one with --config.init_from={run.workdir}."
     )
-  saved = progress(run.checkpoints, step)
-  _check_tokenizer(run, saved["tokenizer"], run.workdir)
+  saved = progress.read(run.checkpoints, step)
+  _check_tokenizer(run, saved.tokenizer, run.workdir)
   other_tokens = _other_tokens(run, saved)
   if other_tokens and not run.cfg.data.accept_changes:
     raise UserError(
@@ -56,14 +57,14 @@ def check_same_run(run: Run) -> None:
     say(f"accepted  {sentence}")
 
 
-def _other_tokens(run: Run, saved: dict[str, Any]) -> list[str]:
+def _other_tokens(run: Run, saved: Progress) -> list[str]:
   """What makes the run go on with other tokens, and what that means.
 
   Args:
-    run: that is about to go on.
-    saved: the progress in its checkpoint.
+    run: The run that is about to continue.
+    saved: The progress in its checkpoint.
   """
-  before, now = saved["data"], [manifest.hash for manifest in run.manifests]
+  before, now = saved.data, [manifest.hash for manifest in run.manifests]
   changed = []
   if sorted(before) == sorted(now):
     if before != now:
@@ -76,10 +77,7 @@ def _other_tokens(run: Run, saved: dict[str, Any]) -> list[str]:
     )
   else:
     changed.append(f"data.paths has {len(now)} datasets, not {len(before)}")
-  order = saved.get("order")
-  if order is None:
-    # An older version's checkpoint.
-    order = _order(config.load(run.workdir).data)
+  order = saved.order or WindowOrder.of(config.load(run.workdir).data)
   changed += _order_changes(run, order, same_data=before == now)
   sentences = []
   if changed:
@@ -87,7 +85,7 @@ def _other_tokens(run: Run, saved: dict[str, Any]) -> list[str]:
       f"{'; '.join(changed)}: some tokens are read twice in this epoch, and "
       "others never."
     )
-  size, windows = run.cfg.batch_size, saved["windows"]
+  size, windows = run.cfg.batch_size, saved.windows
   if skipped := size * next_batch(windows=windows, batch_size=size) - windows:
     sentences.append(
       f"config.batch_size={size} does not divide the {windows} windows "
@@ -97,36 +95,30 @@ def _other_tokens(run: Run, saved: dict[str, Any]) -> list[str]:
   return sentences
 
 
-def _order(cfg: DataConfig) -> dict[str, Any]:
-  """What orders the windows of given datasets, as JSON holds it."""
-  return {
-    "context": cfg.context,
-    "shuffle": cfg.shuffle,
-    "seed": cfg.seed,
-    "weights": None if cfg.weights is None else list(cfg.weights),
-  }
-
-
 def _order_changes(
-  run: Run, before: dict[str, Any], *, same_data: bool
+  run: Run, before: WindowOrder, *, same_data: bool
 ) -> list[str]:
   """The settings that changed and change the order of the windows.
 
   Args:
-    run: with the settings of now.
-    before: what `_order` said of those of the checkpoint.
-    same_data: whether the datasets are the same, in the same order.
+    run: The run, with the settings of now.
+    before: The settings at the checkpoint.
+    same_data: Whether the datasets are the same, in the same order.
   """
-  now = _order(run.cfg.data)
-  changed = [key for key in now if before[key] != now[key]]
-  if "seed" in changed and not (before["shuffle"] or now["shuffle"]):
-    changed.remove("seed")
+  now = WindowOrder.of(run.cfg.data)
+  values = {
+    field.name: (getattr(before, field.name), getattr(now, field.name))
+    for field in dataclasses.fields(WindowOrder)
+  }
+  changed = {key: pair for key, pair in values.items() if pair[0] != pair[1]}
+  if not (before.shuffle or now.shuffle):
+    changed.pop("seed", None)
   if "weights" in changed and same_data:
     tokens = [one.splits["train"].total.tokens for one in run.manifests]
-    drawn = [mixing_pattern(one["weights"] or tokens) for one in (before, now)]
+    drawn = [mixing_pattern(one.weights or tokens) for one in (before, now)]
     if np.array_equal(drawn[0][0], drawn[1][0]):
-      changed.remove("weights")
-  return [_listed({f"data.{k}": (before[k], now[k])}) for k in changed]
+      del changed["weights"]
+  return [_listed({f"data.{key}": pair}) for key, pair in changed.items()]
 
 
 def _check_tokenizer(run: Run, hash: str, workdir: epath.Path) -> None:
@@ -144,15 +136,16 @@ def _listed(changed: dict[str, tuple[Any, Any]]) -> str:
 
 
 @dataclasses.dataclass
-class Progress:
-  """How far a run is; changes with every step.
+class LoopState:
+  """All that changes from step to step of the loop.
 
   Attributes:
-    state: what it trains.
-    step: steps done.
-    position: number of the next batch, if none is left out.
-    health: what the losses so far say.
-    owes_evaluation: whether that of this step was begun and not done.
+    state: What is trained.
+    step: Steps made.
+    position: The number of the next batch, if none is left out.
+    health: The judge of the losses.
+    owes_evaluation: Whether the evaluation at this step was begun and not
+      finished.
   """
 
   state: TrainState
@@ -162,7 +155,7 @@ class Progress:
   owes_evaluation: bool
 
 
-def start(run: Run) -> Progress:
+def start(run: Run) -> LoopState:
   """The newest checkpoint, other parameters, or fresh ones."""
   step = run.checkpoints.latest()
   if step is not None:
@@ -172,7 +165,7 @@ def start(run: Run) -> Progress:
     state = states.init(run.definition, run.mesh, seed=run.cfg.seed)
   else:
     state = _initialized(run, epath.Path(run.cfg.init_from).expanduser())
-  return Progress(state, 0, 0, Health(run.cfg.health), owes_evaluation=False)
+  return LoopState(state, 0, 0, Health(run.cfg.health), owes_evaluation=False)
 
 
 def seems_finished(cfg: RunConfig, workdir: epath.Path) -> bool:
@@ -194,9 +187,9 @@ def is_finished(
   step = checkpoints.latest()
   if step is None or step < cfg.steps:
     return False
-  if "progress" not in checkpoints.items(step):
+  if not progress.exists(checkpoints, step):
     return False
-  if progress(checkpoints, step)["owes_evaluation"]:
+  if progress.read(checkpoints, step).owes_evaluation:
     records = [r for r in metrics.read(workdir) if r["step"] == step]
     if not any(EVAL_LOSS in record for record in records):
       return False
@@ -204,23 +197,18 @@ def is_finished(
   return True
 
 
-def progress(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
-  """The progress in the checkpoint of a step, as `to_json` made it."""
-  return checkpoints.restore(step, {"progress": None})["progress"]
-
-
-def to_json(run: Run, at: Progress) -> dict[str, Any]:
-  """What a checkpoint holds besides arrays."""
-  return {
-    "step": at.step,
-    "windows": at.position * run.cfg.batch_size,
-    "seed": run.cfg.seed,
-    "tokenizer": run.manifests[0].tokenizer.hash,
-    "data": [manifest.hash for manifest in run.manifests],
-    "order": _order(run.cfg.data),
-    "health": at.health.to_json(),
-    "owes_evaluation": at.owes_evaluation,
-  }
+def progress_of(run: Run, at: LoopState) -> Progress:
+  """The progress that a checkpoint of this step holds."""
+  return Progress(
+    step=at.step,
+    windows=at.position * run.cfg.batch_size,
+    seed=run.cfg.seed,
+    tokenizer=run.manifests[0].tokenizer.hash,
+    data=[manifest.hash for manifest in run.manifests],
+    order=WindowOrder.of(run.cfg.data),
+    health=at.health.history(),
+    owes_evaluation=at.owes_evaluation,
+  )
 
 
 def _initialized(run: Run, other: epath.Path) -> TrainState:
@@ -238,18 +226,18 @@ def _initialized(run: Run, other: epath.Path) -> TrainState:
   return states.from_params(params, run.definition, run.mesh)
 
 
-def _restored(run: Run, step: int) -> Progress:
+def _restored(run: Run, step: int) -> LoopState:
   like = states.to_items(states.abstract(run.definition, run.mesh))
-  items = run.checkpoints.restore(step, {**like, "progress": None})
-  saved = items["progress"]
-  position = next_batch(windows=saved["windows"], batch_size=run.cfg.batch_size)
+  items = run.checkpoints.restore(step, {**like, progress.ITEM: None})
+  saved = Progress.from_json(items[progress.ITEM])
+  position = next_batch(windows=saved.windows, batch_size=run.cfg.batch_size)
   say(f"start     step {step}, batch {position} of the data")
-  return Progress(
+  return LoopState(
     states.from_items(items, step=step, position=position, mesh=run.mesh),
     step,
     position,
-    Health(run.cfg.health, saved["health"]),
-    saved["owes_evaluation"],
+    Health(run.cfg.health, saved.health),
+    saved.owes_evaluation,
   )
 
 

@@ -17,13 +17,13 @@ from typing import Any
 import jax
 from etils import epath
 
+from xlstm_jax import progress
 from xlstm_jax.checkpoints import of_first_process
 from xlstm_jax.data import format as files
 from xlstm_jax.errors import UserError, shown
 from xlstm_jax.runtime import peers
 from xlstm_jax.runtime.output import say
 from xlstm_jax.runtime.status import Status
-from xlstm_jax.train import resume
 from xlstm_jax.train import workdir as folder
 from xlstm_jax.train.health import Finding
 from xlstm_jax.train.run import Run
@@ -151,7 +151,7 @@ def go_back(
   for sentence in run.checkpoints.set_damaged_aside():
     say(f"damaged   {sentence}")
   to = run.checkpoints.latest()
-  first = 0 if to is None else resume.progress(run.checkpoints, to)["windows"]
+  first = 0 if to is None else progress.read(run.checkpoints, to).windows
   decision = Rollback(
     found=finding.step,
     reason=finding.reason,
