@@ -133,7 +133,7 @@ class ModelConfig(Mixers):
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class BlockRun:
   """Consecutive blocks that repeat: `unit` stands `repeats` times.
 
   Attributes:
@@ -147,7 +147,7 @@ class Run:
   repeats: int
 
 
-def runs(kinds: tuple[str, ...]) -> tuple[Run, ...]:
+def runs(kinds: tuple[str, ...]) -> tuple[BlockRun, ...]:
   """The model as runs: of the repeating pattern, else of one kind each.
 
   This alone decides the shape of the parameter tree: the parameters of the
@@ -156,11 +156,11 @@ def runs(kinds: tuple[str, ...]) -> tuple[Run, ...]:
   for period in range(1, len(kinds) // 2 + 1):
     repeats = len(kinds) // period
     if kinds == kinds[:period] * repeats:
-      return (Run(0, kinds[:period], repeats),)
+      return (BlockRun(0, kinds[:period], repeats),)
   found = []
   for at, kind in enumerate(kinds):
     if found and found[-1].unit == (kind,):
       found[-1] = dataclasses.replace(found[-1], repeats=found[-1].repeats + 1)
     else:
-      found.append(Run(at, (kind,), 1))
+      found.append(BlockRun(at, (kind,), 1))
   return tuple(found)

@@ -14,7 +14,7 @@ from xlstm_jax.layers.embedding import Embedding, attend
 from xlstm_jax.layers.linear import dropout, soft_cap
 from xlstm_jax.layers.norm import Norm
 from xlstm_jax.models.blocks import Block, pinned
-from xlstm_jax.models.config import ModelConfig, Run, runs
+from xlstm_jax.models.config import BlockRun, ModelConfig, runs
 from xlstm_jax.sharding import constrain
 
 # A nested dict of arrays (or of what stands for them), keyed by strings.
@@ -119,7 +119,7 @@ class LanguageModel(nnx.Module):
       for run in runs(self.cfg.kinds)
     }
 
-  def _run(self, run: Run, x_BTD, *, segments_BT, state, dropout_key):
+  def _run(self, run: BlockRun, x_BTD, *, segments_BT, state, dropout_key):
     """Applies the blocks of a run, one repetition after the other."""
     definitions, params = {}, {}
     for place, block in self.blocks[str(run.start)].items():
@@ -208,7 +208,7 @@ def _abstract(cfg: ModelConfig, compute: Compute):
   return jax.eval_shape(create)
 
 
-def _stacked(cfg: ModelConfig, run: Run, *, compute, rngs):
+def _stacked(cfg: ModelConfig, run: BlockRun, *, compute, rngs):
   """The blocks of a run; each is drawn from a key of its own."""
   blocks = {}
   for at, kind in enumerate(run.unit):

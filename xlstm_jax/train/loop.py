@@ -11,7 +11,7 @@ from etils import epath
 from xlstm_jax import config, metrics, progress, sharding, trained
 from xlstm_jax.checkpoints import EVAL_LOSS, Checkpoints, SaveTimer
 from xlstm_jax.config import LimitsConfig, RunConfig
-from xlstm_jax.data import format as files
+from xlstm_jax.data.format import read_manifest
 from xlstm_jax.errors import UserError
 from xlstm_jax.models.language_model import Definition
 from xlstm_jax.runtime import accounting, lock
@@ -65,7 +65,7 @@ def train(
     with lock.held(workdir), _opened(cfg, workdir) as checkpoints:
       if resume.is_finished(cfg, workdir, checkpoints):
         return Status.DONE
-  manifests = [files.read_manifest(path) for path in cfg.data.paths]
+  manifests = [read_manifest(path) for path in cfg.data.paths]
   if not manifests:
     raise UserError(
       "config.data.paths is empty; name the folders that prepare wrote, such "

@@ -18,7 +18,7 @@ import jax
 from etils import epath
 
 from xlstm_jax import progress
-from xlstm_jax.checkpoints import of_first_process
+from xlstm_jax.checkpoints import broadcast_json
 from xlstm_jax.data import format as files
 from xlstm_jax.errors import UserError, shown
 from xlstm_jax.runtime import peers
@@ -66,7 +66,7 @@ def read(workdir: epath.PathLike) -> tuple[Rollback, ...]:
     data = files.read_regular_file(path, limit=_MAX_BYTES)
     # Any bytes are text in Latin 1.
     text = data.decode("latin-1")
-  text = of_first_process(text)
+  text = broadcast_json(text)
   return () if text is None else _parse(text.encode("latin-1"), path)
 
 
