@@ -202,30 +202,6 @@ def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
   return [record for _, record in _records(path)]
 
 
-# What differs from one run to the next that is otherwise the same.
-TIMINGS = {
-  "seconds_per_step",
-  "tokens_per_second",
-  "flops_per_second",
-  "mfu",
-  "data_wait",
-  "goodput",
-}
-
-
-def trajectory(workdir: epath.PathLike) -> list[dict[str, Any]]:
-  """All records without what depends on the time."""
-  records = [
-    {
-      name: value
-      for name, value in record.items()
-      if name not in TIMINGS and not name.startswith("time/")
-    }
-    for record in read(workdir)
-  ]
-  return [record for record in records if record.keys() != {"step"}]
-
-
 def _drop_after(path: epath.Path, step: int, without: str | None) -> None:
   if not path.exists():
     return

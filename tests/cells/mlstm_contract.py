@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from bound import excess
 
 from xlstm_jax import sharding
-from xlstm_jax.cells.bound import excess
 from xlstm_jax.cells.mlstm import State, mlstm, pallas_gpu
 from xlstm_jax.cells.mlstm.state import rescale
 from xlstm_jax.sharding import on_mesh, time_axis
