@@ -69,7 +69,8 @@ def token_losses(
 
   def losses(weight_ZD, x_BTD, targets_BT):
     def of_chunk(xs):
-      return _losses(weight_ZD, *xs, cap, vocabulary)[0]
+      x_BLD, targets_BL = xs
+      return _losses(weight_ZD, x_BLD, targets_BL, cap, vocabulary)[0]
 
     loss_NBL = jax.lax.map(of_chunk, _split((x_BTD, targets_BT), chunk))
     return _joined(loss_NBL, targets_BT.shape[1])
