@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 import pytest
 from data.small_datasets import write_dataset
+from tools.trajectory import trajectory
 
-from xlstm_jax import config, metrics
+from xlstm_jax import config
 from xlstm_jax.config import RunConfig
 from xlstm_jax.models import counts
 from xlstm_jax.plan import machines, program
@@ -161,7 +162,7 @@ def test_it_trains_for_two_steps_when_made_small(name, tmp_path, capsys):
   data = write_dataset(tmp_path / "data", [(b"some text to train on", 0)] * 9)
   assert loop.train(shrunk(load(name), data), tmp_path / "run") == 0
   assert "finished  step 2" in capsys.readouterr().out
-  records = metrics.trajectory(tmp_path / "run")
+  records = trajectory(tmp_path / "run")
   losses = [record["loss"] for record in records]
   assert len(losses) == 2
   # A model that knows nothing needs log 257 = 5.55 nats.

@@ -20,7 +20,7 @@ FLOORS = (
   ("models",),
   ("optim", "checkpoints", "metrics", "objective", "ngrams", "data"),
   ("evaluators",),
-  ("config",),
+  ("config", "progress"),
   ("trained", "runtime"),
   ("evaluate", "generate", "prepare", "interop"),
   ("train",),

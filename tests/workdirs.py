@@ -10,6 +10,7 @@ from xlstm_jax.checkpoints import CheckpointConfig, Checkpoints
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data.tokenizer import ByteTokenizer
 from xlstm_jax.models.language_model import Definition
+from xlstm_jax.progress import LossHistory, Progress, WindowOrder
 
 
 def write_run(
@@ -32,10 +33,19 @@ def write_run(
   ) as checkpoints:
     for step, loss in steps.items():
       saved[step] = definition.init(jax.random.key(step))
-      progress = {"step": step, "tokenizer": tokenizer_hash}
+      progress = Progress(
+        step=step,
+        windows=0,
+        seed=cfg.seed,
+        tokenizer=tokenizer_hash,
+        data=[],
+        order=WindowOrder.of(cfg.data),
+        health=LossHistory(),
+        owes_evaluation=False,
+      )
       checkpoints.save(
         step,
-        {"params": saved[step], "progress": progress},
+        {"params": saved[step], "progress": progress.to_json()},
         {"eval_loss": loss},
       )
   return saved

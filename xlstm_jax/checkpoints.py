@@ -93,7 +93,7 @@ class SaveTimer:
     """
     if self._minutes is None:
       return False
-    return of_first_process(self._now() - self._saved >= 60 * self._minutes)
+    return broadcast_json(self._now() - self._saved >= 60 * self._minutes)
 
   def saved(self) -> None:
     """Starts the clock again."""
@@ -327,7 +327,7 @@ class Checkpoints:
     found = None
     if jax.process_index() == 0:
       found = _problem(self.directory / str(step), names)
-    if found := of_first_process(found):
+    if found := broadcast_json(found):
       others = [str(other) for other in self.steps() if other != step]
       raise UserError(
         f"The checkpoint of step {step} in {self.directory} is damaged: "
@@ -339,7 +339,7 @@ class Checkpoints:
     verdict = None
     if jax.process_index() == 0:
       verdict = _set_damaged_aside(self.directory)
-    newest, told, refusal = of_first_process(verdict)
+    newest, told, refusal = broadcast_json(verdict)
     if refusal:
       raise UserError(refusal)
     if newest is not None:
@@ -692,7 +692,7 @@ def _free_name(directory: epath.Path, step: int) -> epath.Path:
   return path
 
 
-def of_first_process(value: Any) -> Any:
+def broadcast_json(value: Any) -> Any:
   """The value of process 0, which JSON must hold; all processes call this."""
   if jax.process_count() == 1:
     return value

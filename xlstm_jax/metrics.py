@@ -206,30 +206,6 @@ def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
   return [record for _, record in _records(path)]
 
 
-# The metrics that differ between runs that are otherwise the same.
-TIMINGS = {
-  "seconds_per_step",
-  "tokens_per_second",
-  "flops_per_second",
-  "mfu",
-  "data_wait",
-  "goodput",
-}
-
-
-def trajectory(workdir: epath.PathLike) -> list[dict[str, Any]]:
-  """All records, without the metrics that depend on time."""
-  records = [
-    {
-      name: value
-      for name, value in record.items()
-      if name not in TIMINGS and not name.startswith("time/")
-    }
-    for record in read(workdir)
-  ]
-  return [record for record in records if record.keys() != {"step"}]
-
-
 def holds(record: Record, beginning: str) -> bool:
   """Whether a record has a metric whose name begins like this."""
   return any(name.startswith(beginning) for name in record)

@@ -72,8 +72,7 @@ def token_losses(
   def losses(weight_ZD, x_BTD, targets_BT):
     def of_chunk(xs):
       x_BLD, targets_BL = xs
-      log_sum_BL = _log_sum(attend(weight_ZD, x_BLD), cap, vocabulary)
-      return log_sum_BL - _target(weight_ZD, x_BLD, targets_BL, cap, vocabulary)
+      return _losses(weight_ZD, x_BLD, targets_BL, cap, vocabulary)[0]
 
     loss_NBL = jax.lax.map(of_chunk, _split((x_BTD, targets_BT), chunk))
     return _joined(loss_NBL, targets_BT.shape[1])
@@ -98,8 +97,9 @@ def _forward(weight_ZD, x_BTD, targets_BT, weights_BT, chunk, cap):
 
     def of_chunk(dweight_ZD, xs):
       x_BLD, targets_BL, weights_BL = xs
-      scores_BLZ = attend(weight_ZD, x_BLD)
-      log_sum_BL = _log_sum(scores_BLZ, cap, vocabulary)
+      loss_BL, log_sum_BL, scores_BLZ = _losses(
+        weight_ZD, x_BLD, targets_BL, cap, vocabulary
+      )
       # After the barrier the compiler caps the scores again as it reads them,
       # instead of writing the capped scores and reading those.
       scores_BLZ = jax.lax.optimization_barrier(scores_BLZ)
@@ -113,8 +113,7 @@ def _forward(weight_ZD, x_BTD, targets_BT, weights_BT, chunk, cap):
       (dscores_BLZ,) = uncap(dlogits_BLZ.astype(logits_BLZ.dtype))
       dx_BLD = product("BLZ,ZD->BLD", dscores_BLZ, weight_ZD, dtype)
       dweight_ZD += product("BLZ,BLD->ZD", dscores_BLZ, x_BLD, dtype)
-      target_BL = _target(weight_ZD, x_BLD, targets_BL, cap, vocabulary)
-      loss = _counted(log_sum_BL - target_BL, weights_BL).sum()
+      loss = _counted(loss_BL, weights_BL).sum()
       return dweight_ZD, (loss, dx_BLD.astype(x_BLD.dtype))
 
     dweight_ZD, (loss_N, dx_NBLD) = jax.lax.scan(
@@ -150,6 +149,25 @@ def _backward(chunk, cap, grads, cotangents):
 
 
 cross_entropy.defvjp(_forward, _backward)
+
+
+def _losses(
+  weight_ZD: jax.Array,
+  x_BLD: jax.Array,
+  targets_BL: jax.Array,
+  cap: float | None,
+  vocabulary: tuple[str, ...],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The loss of the targets of a chunk: the one definition.
+
+  Returns:
+    The loss, the log sum exp of the logits that it is made of, and the scores,
+    which are the logits before the cap.
+  """
+  scores_BLZ = attend(weight_ZD, x_BLD)
+  log_sum_BL = _log_sum(scores_BLZ, cap, vocabulary)
+  target_BL = _target(weight_ZD, x_BLD, targets_BL, cap, vocabulary)
+  return log_sum_BL - target_BL, log_sum_BL, scores_BLZ
 
 
 def _log_sum(

@@ -53,11 +53,6 @@ def local(path: str) -> str:
   return expanded
 
 
-def is_url(path: str) -> bool:
-  """Whether `local` refuses the path as a URL."""
-  return _URL.match(path) is not None
-
-
 def reachable(path: str) -> str:
   """`local`, for a path that exists or could exist.
 

@@ -6,7 +6,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from xlstm_jax import config, paths, sharding
+from xlstm_jax import config, paths, progress, sharding
 from xlstm_jax.checkpoints import Checkpoints
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data import tokenizer as tokenizers
@@ -109,9 +109,8 @@ def check_tokenizer(model: Trained, hash: str, place: epath.PathLike) -> None:
 
 def _tokenizer_hash(checkpoints, step: int, workdir) -> str | None:
   """The run's hash; for imported parameters, that beside them, if any."""
-  if "progress" in checkpoints.items(step):
-    progress = checkpoints.restore(step, {"progress": None})["progress"]
-    return progress["tokenizer"]
+  if progress.exists(checkpoints, step):
+    return progress.read(checkpoints, step).tokenizer
   if (workdir / tokenizers.SPEC_FILE).exists():
     return tokenizers.load(workdir).hash
   return None

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from bound import excess
 
 from xlstm_jax import sharding
-from xlstm_jax.cells.bound import excess
 from xlstm_jax.cells.hopper_gpus import device_refusal
 from xlstm_jax.cells.mlstm import State, mlstm
 from xlstm_jax.cells.mlstm.state import rescale

@@ -10,10 +10,10 @@ import ml_dtypes
 import mlstm_contract
 import numpy as np
 import pytest
+from bound import excess
 from jax.sharding import AxisType, PartitionSpec
 
 from xlstm_jax.cells import lstm, recurrence, slstm
-from xlstm_jax.cells.bound import excess
 
 CELLS = {
   "slstm": (slstm, slstm.slstm, slstm.slstm_step),

@@ -17,8 +17,9 @@ import pytest
 from compiled import jit
 from data.small_datasets import write_dataset
 from flax import nnx
+from tools.trajectory import trajectory
 
-from xlstm_jax import config, metrics
+from xlstm_jax import config
 from xlstm_jax.cells import lstm, mlstm, slstm
 from xlstm_jax.cells.documents import documents
 from xlstm_jax.config import RunConfig
@@ -212,7 +213,7 @@ def test_it_trains(tmp_path, capsys):
   )
   assert loop.train(cfg, tmp_path / "run") == 0
   assert "1 average; width 16" in capsys.readouterr().out
-  losses = [r["loss"] for r in metrics.trajectory(tmp_path / "run")]
+  losses = [r["loss"] for r in trajectory(tmp_path / "run")]
   assert 4 < losses[1] < losses[0] < 7
 
 

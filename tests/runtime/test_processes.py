@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from jax._src.clusters import cloud_tpu_cluster
+from tools.trajectory import trajectory
 from train.small_run import (
   EXPERIMENT,
   PATIENCE,
@@ -25,7 +26,7 @@ from train.small_run import (
   prepared,
 )
 
-from xlstm_jax import config, metrics
+from xlstm_jax import config
 from xlstm_jax.config import LimitsConfig
 from xlstm_jax.errors import UserError
 from xlstm_jax.runtime import processes
@@ -339,8 +340,8 @@ def arguments(tmp_path):
 
 def assert_the_same(workdir, other):
   """Both runs have the same losses and the same end."""
-  records = metrics.trajectory(other)
-  for a, b in zip(metrics.trajectory(workdir), records, strict=True):
+  records = trajectory(other)
+  for a, b in zip(trajectory(workdir), records, strict=True):
     assert a == pytest.approx(b, rel=2e-5)
   cfg = config.load(other)
   jax.tree.map(
@@ -359,7 +360,7 @@ def test_two_processes_train_as_one(arguments, tmp_path):
   one, two = tmp_path / "one", tmp_path / "two"
   assert "finished  step 10" in together(arguments, two)
   alone(arguments, one)
-  assert len(metrics.trajectory(one)) == 10 + 1
+  assert len(trajectory(one)) == 10 + 1
   assert_the_same(two, one)
 
   # One goes on from what two have saved, and two from what one has.
@@ -394,7 +395,7 @@ def test_two_processes_divide_heads_and_time(options, arguments, tmp_path):
   ]
   together(arguments, tmp_path / "two")
   alone(arguments, tmp_path / "one")
-  assert len(metrics.trajectory(tmp_path / "one")) == 3 + 1
+  assert len(trajectory(tmp_path / "one")) == 3 + 1
   assert_the_same(tmp_path / "two", tmp_path / "one")
 
 

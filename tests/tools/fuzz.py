@@ -415,7 +415,7 @@ def _write_records(folder: Path) -> None:
 
 def _read_records(folder: Path) -> None:
   metrics.read(folder)
-  metrics.trajectory(folder)
+  metrics.read(folder)
   metrics.Log(folder, step=3, without=EVAL_LOSS).close()
 
 

@@ -35,6 +35,7 @@ from typing import NoReturn
 from unittest import mock
 
 import numpy as np
+from trajectory import trajectory
 
 from xlstm_jax import config, metrics, sharding
 from xlstm_jax.checkpoints import Checkpoints
@@ -454,7 +455,7 @@ def main() -> int:
       f"all ended with status 75, at the latest {killer.slowest:.1f} s after "
       f"the signal, of {killer.grace():g}; no step that was made was lost"
     )
-  count = len(metrics.trajectory(folder / "alone"))
+  count = len(trajectory(folder / "alone"))
   print(f"{count} records and the final state are equal")
   spent = [
     resource.getrusage(who)
@@ -613,7 +614,7 @@ def last_step(workdir: pathlib.Path) -> int:
 
 def compare(alone: pathlib.Path, killed: pathlib.Path) -> None:
   """Ends the process at the first difference."""
-  a, b = metrics.trajectory(alone), metrics.trajectory(killed)
+  a, b = trajectory(alone), trajectory(killed)
   for one, other in zip(a, b, strict=False):
     if one != other:
       raise SystemExit(f"left alone {one}, killed {other}")

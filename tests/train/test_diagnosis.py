@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_run import EXPERIMENT, GRACE, prepared
+from tools.trajectory import trajectory
 
-from xlstm_jax import config, metrics
+from xlstm_jax import config
 from xlstm_jax.config import RunConfig
 from xlstm_jax.layers.compute import Compute
 from xlstm_jax.mixers.memory import Observation
@@ -171,7 +172,7 @@ def test_a_run_that_is_watched_trains_the_same(tmp_path, capsys, monkeypatch):
   assert len(lines) == 2
   assert lines[0].startswith("memory    2  ruled by ")
 
-  records = metrics.trajectory(tmp_path / "watched")
+  records = trajectory(tmp_path / "watched")
   found = [r for r in records if "memory/divides" in r]
   assert [r["step"] for r in records] == [1, 2, 2, 3, 3]
   # The last step is not due, but recorded.
@@ -181,4 +182,4 @@ def test_a_run_that_is_watched_trains_the_same(tmp_path, capsys, monkeypatch):
     assert np.all(np.isfinite([*record.values()]))
     assert 1 <= record["memory/tokens_p01"] <= record["memory/tokens_median"]
   rest = [r for r in records if r not in found]
-  assert rest == metrics.trajectory(tmp_path / "plain")
+  assert rest == trajectory(tmp_path / "plain")

@@ -1,5 +1,6 @@
 """What is found in a sequence of losses, also by a run that was continued."""
 
+import dataclasses
 import json
 import math
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from xlstm_jax.config import HealthConfig
+from xlstm_jax.progress import LossHistory
 from xlstm_jax.train.health import Health
 
 CFG = HealthConfig(
@@ -19,7 +21,8 @@ def findings(losses, cfg=CFG, *, cut=None, grad_norm=1.0):
   health, found = Health(cfg), []
   for step, loss in enumerate(losses):
     if step == cut:
-      health = Health(cfg, json.loads(json.dumps(health.to_json())))
+      saved = json.loads(json.dumps(dataclasses.asdict(health.history())))
+      health = Health(cfg, LossHistory(**saved))
     one = health.see(step, loss=loss, grad_norm=grad_norm)
     if one is not None:
       assert one.step == step

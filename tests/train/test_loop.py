@@ -24,6 +24,7 @@ from small_run import (
   run,
   run_until,
 )
+from tools.trajectory import trajectory
 
 from xlstm_jax import config, metrics, sharding
 from xlstm_jax.checkpoints import CheckpointConfig, Checkpoints
@@ -105,8 +106,8 @@ def test_a_run_that_is_killed_and_continued_is_the_same_bit_by_bit(
   assert done.returncode == 0, done.stderr
   assert f"start     step {stopped}, batch {stopped} of" in done.stdout
 
-  assert len(metrics.trajectory(whole)) == 60 + 4
-  assert metrics.trajectory(workdir) == metrics.trajectory(whole)
+  assert len(trajectory(whole)) == 60 + 4
+  assert trajectory(workdir) == trajectory(whole)
   jax.tree.map(
     np.testing.assert_array_equal,
     final_items(workdir, cfg),

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bound import excess
 
 from xlstm_jax import sharding
-from xlstm_jax.cells.bound import excess
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data.pipeline import DataConfig
 from xlstm_jax.layers.compute import Compute

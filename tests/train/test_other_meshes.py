@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 from small_run import EXPERIMENT, final_items, prepared
+from tools.trajectory import trajectory
 
-from xlstm_jax import config, metrics
+from xlstm_jax import config
 from xlstm_jax.sharding import MeshConfig
 from xlstm_jax.train import feed, loop
 
@@ -49,7 +50,7 @@ def read(monkeypatch):
 @pytest.mark.slow
 def test_any_mesh_continues_a_run(cfg, tmp_path, read, monkeypatch):
   assert loop.train(cfg, tmp_path / "whole") == 0
-  whole, batches = metrics.trajectory(tmp_path / "whole"), list(read)
+  whole, batches = trajectory(tmp_path / "whole"), list(read)
   items = final_items(tmp_path / "whole", cfg)
   devices = jax.devices()
   for mesh in (
@@ -69,7 +70,7 @@ def test_any_mesh_continues_a_run(cfg, tmp_path, read, monkeypatch):
       assert loop.train(dataclasses.replace(cfg, mesh=mesh), workdir) == 0
     for ours, theirs in zip(read, batches[SAVED:], strict=True):
       jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    for ours, theirs in zip(metrics.trajectory(workdir), whole, strict=True):
+    for ours, theirs in zip(trajectory(workdir), whole, strict=True):
       assert ours == pytest.approx(theirs, rel=2e-5)
     jax.tree.map(
       lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),

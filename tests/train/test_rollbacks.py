@@ -25,8 +25,9 @@ from small_run import (
   patched,
   prepared,
 )
+from tools.trajectory import trajectory
 
-from xlstm_jax import config, metrics
+from xlstm_jax import config
 from xlstm_jax.checkpoints import Checkpoints
 from xlstm_jax.config import HealthConfig
 from xlstm_jax.errors import UserError
@@ -124,7 +125,9 @@ class Meeting:
       rollbacks.peers, "meet", lambda name, *, seconds: self.names.append(name)
     )
     monkeypatch.setattr(
-      rollbacks.resume, "progress", lambda run, step: {"windows": 8 * step}
+      rollbacks.progress,
+      "read",
+      lambda checkpoints, step: types.SimpleNamespace(windows=8 * step),
     )
     monkeypatch.setattr("jax.process_index", lambda: self.index)
 
@@ -259,10 +262,10 @@ def test_a_run_goes_back_as_if_it_had_been_told_before(
   told.mkdir()
   shutil.copy(workdir / rollbacks.FILE, told)
   assert loop.train(cfg, told) == Status.DONE
-  records = metrics.trajectory(told)
+  records = trajectory(told)
   assert [record["step"] for record in records] == list(range(1, 25))
   assert {record["skipped"] for record in records} == {0}
-  assert metrics.trajectory(workdir) == records
+  assert trajectory(workdir) == records
   jax.tree.map(
     np.testing.assert_array_equal,
     final_items(workdir, cfg),
@@ -273,7 +276,7 @@ def test_a_run_goes_back_as_if_it_had_been_told_before(
   for step in (8, 12, 16, 20, 24):
     shutil.rmtree(told / "checkpoints" / str(step))
   assert loop.train(cfg, told) == Status.DONE
-  assert metrics.trajectory(told) == records
+  assert trajectory(told) == records
 
 
 @pytest.mark.slow
@@ -282,7 +285,7 @@ def test_a_few_bad_batches_cost_their_updates_alone(cfg, poisoned, tmp_path):
     cfg, steps=14, health=HealthConfig(max_skipped=2)
   )
   assert loop.train(patient, tmp_path) == Status.DONE
-  records = metrics.trajectory(tmp_path)
+  records = trajectory(tmp_path)
   assert [r["skipped"] for r in records] == [0] * 10 + [1, 2, 2, 2]
   assert [r["loss"] is None for r in records] == (
     [False] * 10 + [True] * 2 + [False] * 2
@@ -325,12 +328,13 @@ def test_a_run_does_not_go_back_to_a_step_damaged_meanwhile(
 LATE = """
 import time
 import jax, jax.numpy as jnp, numpy as np
+from xlstm_jax import progress
 from xlstm_jax.data import pipeline
-from xlstm_jax.train import loop, resume, rollbacks
+from xlstm_jax.train import loop, rollbacks
 from xlstm_jax.train import step as steps
 
 batches, loss_sum = pipeline.batches, steps._loss_sum
-progress = resume.progress
+read = progress.read
 
 def poison(*args, position, **kwargs):
   stream = batches(*args, position=position, **kwargs)
@@ -345,13 +349,13 @@ def spoiled(params, *, batch, **kwargs):
 
 # The last thing that both have to do together before they decide.
 def late(checkpoints, step):
-  found = progress(checkpoints, step)
+  found = read(checkpoints, step)
   file = checkpoints.directory.parent / rollbacks.FILE
   while jax.process_index() == 1 and not file.exists():
     time.sleep(0.05)
   return found
 
-pipeline.batches, steps._loss_sum, resume.progress = poison, spoiled, late
+pipeline.batches, steps._loss_sum, progress.read = poison, spoiled, late
 """
 
 
@@ -390,5 +394,5 @@ def test_two_processes_go_back_together(tmp_path):
   assert "rollback  from step 6 to step 3, without the windows" in outputs[0]
   (decision,) = rollbacks.read(tmp_path / "run")
   assert (decision.to, decision.first, decision.stop) == (3, 24, 48)
-  records = metrics.trajectory(tmp_path / "run")
+  records = trajectory(tmp_path / "run")
   assert [record["step"] for record in records] == list(range(1, 9))

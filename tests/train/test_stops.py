@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 from small_run import EXPERIMENT, GRACE, final_items, prepared
+from tools.trajectory import trajectory
 
-from xlstm_jax import config, metrics
+from xlstm_jax import config
 from xlstm_jax.checkpoints import Checkpoints
 from xlstm_jax.runtime.interrupt import Interrupt
 from xlstm_jax.runtime.status import Status
@@ -51,19 +52,19 @@ def saved(workdir):
 def test_an_evaluation_that_was_given_up_is_made_up_for(cfg, tmp_path, capsys):
   whole, cut = tmp_path / "whole", tmp_path / "cut"
   assert loop.train(cfg, whole) == Status.DONE
-  expected = metrics.trajectory(whole)
+  expected = trajectory(whole)
   assert len(expected) == 6 + 2
 
   # Behind three steps comes the border before the evaluation's first batch.
   assert loop.train(cfg, cut, StopsAt(3)) == Status.PREEMPTED
   assert "stopped   step 3, saved" in capsys.readouterr().out
-  assert metrics.trajectory(cut) == expected[:3]
+  assert trajectory(cut) == expected[:3]
   # Before the first batch of the one that it owes.
   assert loop.train(cfg, cut, StopsAt(0)) == Status.PREEMPTED
   assert "stopped   before the first step" in capsys.readouterr().out
   assert saved(cut) == 3
   assert loop.train(cfg, cut) == Status.DONE
-  assert metrics.trajectory(cut) == expected
+  assert trajectory(cut) == expected
   jax.tree.map(
     np.testing.assert_array_equal,
     final_items(cut, cfg),
@@ -76,13 +77,13 @@ def test_the_last_evaluation_is_made_up_for_too(cfg, tmp_path, capsys):
   short = dataclasses.replace(cfg, steps=3, save_every=3)
   assert loop.train(short, tmp_path, StopsAt(3)) == Status.PREEMPTED
   assert saved(tmp_path) == 3
-  assert len(metrics.trajectory(tmp_path)) == 3
+  assert len(trajectory(tmp_path)) == 3
   assert loop.train(short, tmp_path) == Status.DONE
-  assert "eval_loss" in metrics.trajectory(tmp_path)[-1]
+  assert "eval_loss" in trajectory(tmp_path)[-1]
   capsys.readouterr()
   assert loop.train(short, tmp_path) == Status.DONE
   assert "is finished" in capsys.readouterr().out
-  assert len(metrics.trajectory(tmp_path)) == 4
+  assert len(trajectory(tmp_path)) == 4
 
 
 @pytest.mark.slow
@@ -105,6 +106,6 @@ def test_a_wait_for_data_is_given_up(cfg, tmp_path, monkeypatch):
   assert loop.train(cfg, tmp_path, stopped) == Status.PREEMPTED
   stopped.close()
   never.set()
-  steps = [record["step"] for record in metrics.trajectory(tmp_path)]
+  steps = [record["step"] for record in trajectory(tmp_path)]
   assert steps == [1, 2]
   assert saved(tmp_path) == 2

@@ -10,8 +10,7 @@ import numpy as np
 
 from xlstm_jax import sharding
 from xlstm_jax.data import pipeline
-from xlstm_jax.train import rollbacks as decisions
-from xlstm_jax.train.rollbacks import Rollback
+from xlstm_jax.train.rollbacks import Rollback, following
 from xlstm_jax.train.run import Run
 from xlstm_jax.train.step import Batch
 
@@ -94,13 +93,13 @@ def _numbered(
 ) -> Iterator[tuple[int, pipeline.Batch]]:
   size = run.cfg.batch_size
   while True:
-    position = decisions.following(rollbacks, position, batch_size=size)
+    position = following(rollbacks, position, batch_size=size)
     batches = pipeline.batches(
       run.cfg.data, batch_size=size, position=position, rows=rows
     )
     for number, batch in zip(itertools.count(position), batches):
       position = number
-      if decisions.following(rollbacks, number, batch_size=size) != number:
+      if following(rollbacks, number, batch_size=size) != number:
         break
       yield number, batch
 

@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
 
 from xlstm_jax.config import HealthConfig
+from xlstm_jax.progress import LossHistory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,33 +28,24 @@ class Health:
   """Judges the steps of a run one after the other.
 
   Findings depend only on the losses. So every process reaches the same ones,
-  and so does a run that continues from a checkpoint, which holds `to_json`.
+  and so does a run that continues from a checkpoint, which holds the history.
 
   Args:
     cfg: the limits.
-    saved: a result of `to_json`; None at the beginning.
+    history: what earlier losses left; None at the beginning.
   """
 
-  def __init__(self, cfg: HealthConfig, saved: dict[str, Any] | None = None):
+  def __init__(self, cfg: HealthConfig, history: LossHistory | None = None):
     self._cfg = cfg
-    saved = saved or {"skipped": 0, "losses": [], "fresh": 0, "levels": []}
-    # Skipped updates in a row.
-    self._skipped: int = saved["skipped"]
-    # The last finite losses, at most a window of them, and how many of them
-    # are in no level yet.
-    self._losses: list[float] = saved["losses"]
-    self._fresh: int = saved["fresh"]
-    # Mean and variance of every window of losses, the newest last.
-    self._levels: list[list[float]] = saved["levels"]
+    history = history or LossHistory()
+    self._skipped = history.skipped
+    self._losses = history.losses
+    self._fresh = history.fresh
+    self._levels = history.levels
 
-  def to_json(self) -> dict[str, Any]:
+  def history(self) -> LossHistory:
     """Everything on which later findings depend."""
-    return {
-      "skipped": self._skipped,
-      "losses": self._losses,
-      "fresh": self._fresh,
-      "levels": self._levels,
-    }
+    return LossHistory(self._skipped, self._losses, self._fresh, self._levels)
 
   def see(self, step: int, *, loss: float, grad_norm: float) -> Finding | None:
     """Judges a step; None if nothing is wrong."""

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from xlstm_jax import config, metrics, sharding, trained
+from xlstm_jax import config, metrics, progress, sharding, trained
 from xlstm_jax.checkpoints import EVAL_LOSS, Checkpoints, SaveTimer
 from xlstm_jax.config import LimitsConfig, RunConfig
 from xlstm_jax.data import layout
@@ -32,7 +32,7 @@ from xlstm_jax.train import (
 from xlstm_jax.train import state as states
 from xlstm_jax.train import workdir as folder
 from xlstm_jax.train.feed import Feed
-from xlstm_jax.train.resume import Progress
+from xlstm_jax.train.resume import LoopState
 from xlstm_jax.train.rollbacks import Rollback
 from xlstm_jax.train.run import Run
 
@@ -263,7 +263,7 @@ def _due(step: int, every: int | None, cfg: RunConfig) -> bool:
 
 def _evaluate(
   run: Run,
-  at: Progress,
+  at: LoopState,
   stopped: Interrupt,
   clock: metrics.Clock,
   reports: report.Report,
@@ -279,7 +279,7 @@ def _evaluate(
 
 def _save(
   run: Run,
-  at: Progress,
+  at: LoopState,
   scores: dict[str, float],
   clock: metrics.Clock,
   goodput: accounting.Goodput,
@@ -288,6 +288,9 @@ def _save(
     goodput.write(at.step)
     run.checkpoints.save(
       at.step,
-      {**states.to_items(at.state), "progress": resume.to_json(run, at)},
+      {
+        **states.to_items(at.state),
+        progress.ITEM: resume.progress_of(run, at).to_json(),
+      },
       {EVAL_LOSS: scores[EVAL_LOSS]} if EVAL_LOSS in scores else None,
     )

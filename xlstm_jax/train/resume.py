@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from xlstm_jax import config, metrics
+from xlstm_jax import config, metrics, progress
 from xlstm_jax.checkpoints import Checkpoints
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data import tokenizer
-from xlstm_jax.data.pipeline import DataConfig, mixing_pattern
+from xlstm_jax.data.pipeline import mixing_pattern
 from xlstm_jax.errors import UserError
+from xlstm_jax.progress import Progress, WindowOrder
 from xlstm_jax.runtime.output import say
 from xlstm_jax.train import state as states
 from xlstm_jax.train.health import Health
@@ -35,7 +36,7 @@ def check_same_run(run: Run) -> None:
       f"({_listed(of_model)}): use another workdir, or the model it was begun "
       "with."
     )
-  if "progress" not in run.checkpoints.items(step):
+  if not progress.exists(run.checkpoints, step):
     raise UserError(
       f"The workdir {run.workdir} holds imported parameters and no run: train "
       f"in another one with --config.init_from={run.workdir}."
@@ -48,8 +49,8 @@ def check_same_run(run: Run) -> None:
       f"--config.optim.name={old}, or train in another workdir with "
       f"--config.init_from={run.workdir}."
     )
-  saved = progress(run.checkpoints, step)
-  _check_tokenizer(run, saved["tokenizer"], run.workdir)
+  saved = progress.read(run.checkpoints, step)
+  _check_tokenizer(run, saved.tokenizer, run.workdir)
   other_tokens = _other_tokens(run, saved)
   if other_tokens and not run.cfg.data.accept_changes:
     raise UserError(
@@ -64,14 +65,14 @@ def check_same_run(run: Run) -> None:
     say(f"accepted  {sentence}")
 
 
-def _other_tokens(run: Run, saved: dict[str, Any]) -> list[str]:
+def _other_tokens(run: Run, saved: Progress) -> list[str]:
   """Sentences on what would make the run continue with other tokens.
 
   Args:
     run: the run that is about to resume.
     saved: the progress in its checkpoint.
   """
-  before, now = saved["data"], [manifest.hash for manifest in run.manifests]
+  before, now = saved.data, [manifest.hash for manifest in run.manifests]
   changed = []
   if sorted(before) == sorted(now):
     if before != now:
@@ -84,10 +85,7 @@ def _other_tokens(run: Run, saved: dict[str, Any]) -> list[str]:
     )
   else:
     changed.append(f"data.paths has {len(now)} datasets, not {len(before)}")
-  order = saved.get("order")
-  if order is None:
-    # An older version's checkpoint.
-    order = _order(config.load(run.workdir).data)
+  order = saved.order or WindowOrder.of(config.load(run.workdir).data)
   changed += _order_changes(run, order, same_data=before == now)
   sentences = []
   if changed:
@@ -95,7 +93,7 @@ def _other_tokens(run: Run, saved: dict[str, Any]) -> list[str]:
       f"{'; '.join(changed)}: some tokens are read twice in this epoch, and "
       "others never."
     )
-  size, windows = run.cfg.batch_size, saved["windows"]
+  size, windows = run.cfg.batch_size, saved.windows
   if skipped := size * next_batch(windows=windows, batch_size=size) - windows:
     sentences.append(
       f"config.batch_size={size} does not divide the {windows} windows "
@@ -105,36 +103,30 @@ def _other_tokens(run: Run, saved: dict[str, Any]) -> list[str]:
   return sentences
 
 
-def _order(cfg: DataConfig) -> dict[str, Any]:
-  """The settings that order the windows of given datasets, for JSON."""
-  return {
-    "context": cfg.context,
-    "shuffle": cfg.shuffle,
-    "seed": cfg.seed,
-    "weights": None if cfg.weights is None else list(cfg.weights),
-  }
-
-
 def _order_changes(
-  run: Run, before: dict[str, Any], *, same_data: bool
+  run: Run, before: WindowOrder, *, same_data: bool
 ) -> list[str]:
   """The settings that changed and change the order of the windows.
 
   Args:
     run: the run, with its present settings.
-    before: the result of `_order` for the checkpoint's settings.
+    before: the settings at the checkpoint.
     same_data: whether the datasets are the same, in the same order.
   """
-  now = _order(run.cfg.data)
-  changed = [key for key in now if before[key] != now[key]]
-  if "seed" in changed and not (before["shuffle"] or now["shuffle"]):
-    changed.remove("seed")
+  now = WindowOrder.of(run.cfg.data)
+  values = {
+    field.name: (getattr(before, field.name), getattr(now, field.name))
+    for field in dataclasses.fields(WindowOrder)
+  }
+  changed = {key: pair for key, pair in values.items() if pair[0] != pair[1]}
+  if not (before.shuffle or now.shuffle):
+    changed.pop("seed", None)
   if "weights" in changed and same_data:
     tokens = [one.splits["train"].total.tokens for one in run.manifests]
-    drawn = [mixing_pattern(one["weights"] or tokens) for one in (before, now)]
+    drawn = [mixing_pattern(one.weights or tokens) for one in (before, now)]
     if np.array_equal(drawn[0][0], drawn[1][0]):
-      changed.remove("weights")
-  return [_listed({f"data.{k}": (before[k], now[k])}) for k in changed]
+      del changed["weights"]
+  return [_listed({f"data.{key}": pair}) for key, pair in changed.items()]
 
 
 def _check_tokenizer(run: Run, hash: str, workdir: epath.Path) -> None:
@@ -152,7 +144,7 @@ def _listed(changed: dict[str, tuple[Any, Any]]) -> str:
 
 
 @dataclasses.dataclass
-class Progress:
+class LoopState:
   """How far a run is; this changes with every step.
 
   Attributes:
@@ -171,8 +163,8 @@ class Progress:
   owes_evaluation: bool
 
 
-def start(run: Run) -> Progress:
-  """The progress of the newest checkpoint, or of a new run."""
+def start(run: Run) -> LoopState:
+  """The state of the newest checkpoint, or of a new run."""
   step = run.checkpoints.latest()
   if step is not None:
     return _restored(run, step)
@@ -183,7 +175,7 @@ def start(run: Run) -> Progress:
     )
   else:
     state = _initialized(run, epath.Path(run.cfg.init_from).expanduser())
-  return Progress(state, 0, 0, Health(run.cfg.health), owes_evaluation=False)
+  return LoopState(state, 0, 0, Health(run.cfg.health), owes_evaluation=False)
 
 
 def seems_finished(cfg: RunConfig, workdir: epath.Path) -> bool:
@@ -205,9 +197,9 @@ def is_finished(
   step = checkpoints.latest()
   if step is None or step < cfg.steps:
     return False
-  if "progress" not in checkpoints.items(step):
+  if not progress.exists(checkpoints, step):
     return False
-  if progress(checkpoints, step)["owes_evaluation"]:
+  if progress.read(checkpoints, step).owes_evaluation:
     records = [r for r in metrics.read(workdir) if r["step"] == step]
     if not any(metrics.holds(record, metrics.EVALUATED) for record in records):
       return False
@@ -215,24 +207,19 @@ def is_finished(
   return True
 
 
-def progress(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
-  """The progress in a step's checkpoint, as `to_json` wrote it."""
-  return checkpoints.restore(step, {"progress": None})["progress"]
-
-
-def to_json(run: Run, at: Progress) -> dict[str, Any]:
-  """What a checkpoint holds apart from arrays."""
-  return {
-    "step": at.step,
-    "windows": at.position * run.cfg.batch_size,
-    "skipped": int(at.state.skipped),
-    "seed": run.cfg.seed,
-    "tokenizer": run.manifests[0].tokenizer.hash,
-    "data": [manifest.hash for manifest in run.manifests],
-    "order": _order(run.cfg.data),
-    "health": at.health.to_json(),
-    "owes_evaluation": at.owes_evaluation,
-  }
+def progress_of(run: Run, at: LoopState) -> Progress:
+  """The progress that a checkpoint of this step holds."""
+  return Progress(
+    step=at.step,
+    windows=at.position * run.cfg.batch_size,
+    skipped=int(at.state.skipped),
+    seed=run.cfg.seed,
+    tokenizer=run.manifests[0].tokenizer.hash,
+    data=[manifest.hash for manifest in run.manifests],
+    order=WindowOrder.of(run.cfg.data),
+    health=at.health.history(),
+    owes_evaluation=at.owes_evaluation,
+  )
 
 
 def _initialized(run: Run, other: epath.Path) -> TrainState:
@@ -250,18 +237,19 @@ def _initialized(run: Run, other: epath.Path) -> TrainState:
   return states.from_params(params, run.definition, run.mesh, run.cfg.optim)
 
 
-def _restored(run: Run, step: int) -> Progress:
+def _restored(run: Run, step: int) -> LoopState:
   like = states.abstract(run.definition, run.mesh, run.cfg.optim)
-  wanted = {**states.to_items(like), "progress": None}
-  items = run.checkpoints.restore(step, wanted)
-  saved = items["progress"]
-  position = next_batch(windows=saved["windows"], batch_size=run.cfg.batch_size)
-  skipped = saved.get("skipped")
+  items = run.checkpoints.restore(
+    step, {**states.to_items(like), progress.ITEM: None}
+  )
+  saved = Progress.from_json(items[progress.ITEM])
+  position = next_batch(windows=saved.windows, batch_size=run.cfg.batch_size)
+  skipped = saved.skipped
   if skipped is None:
     # An older version's checkpoint; its optimizer counts its updates.
     skipped = step - int(items["optimizer"]["count"])
   say(f"start     step {step}, batch {position} of the data")
-  return Progress(
+  return LoopState(
     states.from_items(
       items,
       like,
@@ -272,8 +260,8 @@ def _restored(run: Run, step: int) -> Progress:
     ),
     step,
     position,
-    Health(run.cfg.health, saved["health"]),
-    saved["owes_evaluation"],
+    Health(run.cfg.health, saved.health),
+    saved.owes_evaluation,
   )
 
 

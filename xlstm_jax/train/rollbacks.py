@@ -16,12 +16,11 @@ import jax
 from etils import epath
 from msgspec import Meta
 
-from xlstm_jax import files
-from xlstm_jax.checkpoints import of_first_process
+from xlstm_jax import files, progress
+from xlstm_jax.checkpoints import broadcast_json
 from xlstm_jax.runtime import peers
 from xlstm_jax.runtime.output import say
 from xlstm_jax.runtime.status import Status
-from xlstm_jax.train import resume
 from xlstm_jax.train.health import Finding
 from xlstm_jax.train.run import Run
 
@@ -72,7 +71,7 @@ def read(workdir: epath.PathLike) -> tuple[Rollback, ...]:
     data = files.read(path, limit=_MAX_BYTES)
     # Any bytes are text in Latin 1.
     text = data.decode("latin-1")
-  text = of_first_process(text)
+  text = broadcast_json(text)
   if text is None:
     return ()
   return files.parse_json(
@@ -127,7 +126,7 @@ def go_back(
   for sentence in run.checkpoints.set_damaged_aside():
     say(f"damaged   {sentence}")
   to = run.checkpoints.latest()
-  first = 0 if to is None else resume.progress(run.checkpoints, to)["windows"]
+  first = 0 if to is None else progress.read(run.checkpoints, to).windows
   decision = Rollback(
     found=finding.step,
     reason=finding.reason,
