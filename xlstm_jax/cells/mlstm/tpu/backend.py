@@ -1,0 +1,160 @@
+"""The mLSTM on TPUs: gates in plain XLA, chunks in two Pallas kernels.
+
+docs/kernels.md has the design.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from xlstm_jax.cells.documents import Documents
+from xlstm_jax.cells.mlstm.pallas_gpu_gates import (
+  last_stabilizer,
+  parts_of_states,
+  scales,
+  sums_from,
+)
+from xlstm_jax.cells.mlstm.state import State, rescale
+
+
+class _Options(NamedTuple):
+  """What is static in the forward and the backward pass."""
+
+  key_dim: int  # before padding: the queries are scaled by key_dim^-0.5
+  stabilize: bool
+  cell: Any  # `kernels.Cell`
+
+
+def pallas_tpu(
+  q_BTHK: Float[Array, "B T H K"],
+  k_BTHK: Float[Array, "B T H K"],
+  v_BTHV: Float[Array, "B T H V"],
+  log_i_BTH: Float[Array, "B T H"],
+  log_f_BTH: Float[Array, "B T H"],
+  documents: Documents,
+  state: State,
+  *,
+  stabilize: bool,
+  normalize: bool,
+  eps: float,
+  chunk: int | None = None,
+  interpret: Any = False,
+) -> tuple[Float[Array, "B T H V"], State]:
+  """`recurrent` on a TPU, in bfloat16 and chunks of 128 or 256 tokens.
+
+  The gradient is the true one but for the stabiliser in `eps exp(m)`, which
+  counts as a constant. With `interpret` (`pltpu.InterpretParams`) the kernels'
+  logic runs on any device, slowly.
+  """
+  T, K, V = q_BTHK.shape[1], q_BTHK.shape[-1], v_BTHV.shape[-1]
+  chunk = chunk or 128
+  cell = _kernels().Cell(chunk, normalize, eps, 100 * 2**20, interpret)
+
+  def pad(x, axis: int, to: int, **options):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % to)
+    return jnp.pad(x, widths, **options) if widths[axis][1] else x
+
+  def tokens(x_BTHD):
+    return pad(pad(x_BTHD.swapaxes(1, 2), 2, chunk), 3, LANES)
+
+  past = rescale(state, jax.lax.stop_gradient(state.m_BH))
+  h_BHTV, C_BHKV, n_BHK, m_BH = _mlstm(
+    _Options(K, stabilize, cell),
+    tokens(q_BTHK),
+    tokens(k_BTHK),
+    tokens(v_BTHV),
+    pad(log_i_BTH, 1, chunk, constant_values=-jnp.inf),
+    pad(log_f_BTH, 1, chunk),
+    pad(pad(past.C_BHKV, 2, LANES), 3, LANES),
+    pad(past.n_BHK, 2, LANES),
+    past.m_BH,
+    past.segment_B,
+    pad(documents.id_BT, 1, chunk, mode="edge"),
+    pad(documents.start_BT, 1, chunk),
+  )
+  last = State(C_BHKV[..., :K, :V], n_BHK[..., :K], m_BH, documents.last_B)
+  if stabilize:
+    m_BH = last_stabilizer(
+      log_i_BTH, log_f_BTH, documents, state.m_BH, state.segment_B
+    )
+    last = rescale(last, m_BH)
+  return h_BHTV[:, :, :T, :V].swapaxes(1, 2), last
+
+
+# Heads are padded to a multiple of it.
+LANES = 64
+
+
+def _kernels():
+  # Pallas takes seconds to import, and only TPUs need it.
+  from xlstm_jax.cells.mlstm.tpu import kernels
+
+  return kernels
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mlstm(opt, q, k, v, log_i, log_f, C, n, m, segment, id_, start):
+  args = (q, k, v, log_i, log_f, C, n, m, segment, id_, start)
+  return _forward(opt, *args, save=False)[0]
+
+
+def _forward(
+  opt, q, k, v, log_i, log_f, C, n, m, segment, id_, start, save=True
+):
+  found = scales(
+    *(log_i, log_f, id_, start, m, segment),
+    chunk=opt.cell.chunk,
+    key_dim=opt.key_dim,
+    stabilize=opt.stabilize,
+  )
+  parts = parts_of_states(found, C)
+  two_BHN = (jnp.maximum(parts[..., :-1], parts[..., 1:]) == 2).astype(
+    jnp.int32
+  )
+  tokens = (q, k, v, _rows(found, opt), found.keep_BHN, two_BHN)
+  h, C, n, *saved = _kernels().forward(*tokens, C, n, cell=opt.cell, save=save)
+  return (h, C, n[:, :, 0], found.m_last_BH), (*tokens, tuple(saved))
+
+
+def _rows(found, opt: _Options) -> Float[Array, "B H N G L"]:
+  """The gates of every chunk, a row each, in the kernels' order."""
+  first_BHT = jnp.broadcast_to(
+    found.first_BT[:, None].astype(jnp.float32), found.m_BHT.shape
+  )
+  rows = [
+    *found.reader_BHT,
+    *found.writer_BHT,
+    found.past_BHT,
+    found.write_BHT,
+    found.m_BHT,
+    first_BHT,
+  ]
+  chunks = (*found.keep_BHN.shape, opt.cell.chunk)
+  return jnp.stack([x.reshape(chunks) for x in rows], axis=3)
+
+
+def _backward(opt, kept, cotangents):
+  q, k, v, gates, keep_BHN, two_BHN, saved = kept
+  dh, D, dn, _ = cotangents
+  dq, dk, dv, rows, dC, dn = _kernels().backward(
+    q, k, v, dh, gates, keep_BHN, two_BHN, saved, D, dn, cell=opt.cell
+  )
+  written, read, passed, through = jnp.unstack(rows, axis=3)
+  # The gradient of log f at t is what crosses t: what goes through the whole
+  # chunk, what tokens before t pass on to later chunks, and what tokens from t
+  # on read, less what they write to each other.
+  crossing = through + (jnp.cumsum(passed, axis=3) - passed)
+  crossing += sums_from(read - written)
+
+  def of_tokens(x_BHNL):
+    return x_BHNL.reshape(*x_BHNL.shape[:2], -1).swapaxes(1, 2)
+
+  gates = (of_tokens(written + passed), of_tokens(crossing))
+  return dq, dk, dv, *gates, dC, dn[:, :, 0], None, None, None, None
+
+
+_mlstm.defvjp(_forward, _backward)
