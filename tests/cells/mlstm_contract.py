@@ -24,11 +24,15 @@ from xlstm_jax import sharding
 from xlstm_jax.cells.bound import excess
 from xlstm_jax.cells.mlstm import State, mlstm, pallas_gpu
 from xlstm_jax.cells.mlstm.state import rescale
+from xlstm_jax.cells.mlstm.tpu import backend as tpu
 from xlstm_jax.sharding import on_mesh, time_axis
 
 DIMS = (8, 12)  # keys and values of a head
 # Why a backend does not run on the default device, or None.
-REFUSALS = {"pallas_gpu": pallas_gpu.device_refusal}
+REFUSALS = {
+  "pallas_gpu": pallas_gpu.device_refusal,
+  "pallas_tpu": tpu.device_refusal,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,8 @@ FORMS = (
   Form("chunkwise", 128),
   Form("pallas_gpu", 128, dtypes=("bfloat16",), dims=(64, 128)),
   Form("pallas_gpu", 256, dtypes=("bfloat16",), dims=(64, 128)),
+  Form("pallas_tpu", 128, dtypes=("bfloat16",), dims=(64, 128)),
+  Form("pallas_tpu", 256, dtypes=("bfloat16",), dims=(64, 128)),
 )
 FORMS_HERE = tuple(form for form in FORMS if form.runs_here())
 TRUTH = FORMS[0]

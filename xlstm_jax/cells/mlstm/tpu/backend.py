@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
+from xlstm_jax.cells.backends import this_device
 from xlstm_jax.cells.documents import Documents
 from xlstm_jax.cells.mlstm.pallas_gpu_gates import (
   last_stabilizer,
@@ -18,6 +19,20 @@ from xlstm_jax.cells.mlstm.pallas_gpu_gates import (
   sums_from,
 )
 from xlstm_jax.cells.mlstm.state import State, rescale
+
+# Tokens of a chunk; "auto" takes the longest that fits.
+CHUNKS = (256, 128)
+# Heads are padded to multiples of it.
+LANES = 64
+# What the kernels may have of a core's VMEM, by the kind of the device: the
+# rest is the compiler's.
+_MIB = 2**20
+VMEM = {
+  **dict.fromkeys(("TPU v5 lite", "TPU v5e"), 100 * _MIB),
+  **dict.fromkeys(("TPU v5", "TPU v5p"), 58 * _MIB),
+  **dict.fromkeys(("TPU v6 lite", "TPU v6e"), 100 * _MIB),
+  "TPU7x": 58 * _MIB,
+}
 
 
 class _Options(NamedTuple):
@@ -50,8 +65,12 @@ def pallas_tpu(
   logic runs on any device, slowly.
   """
   T, K, V = q_BTHK.shape[1], q_BTHK.shape[-1], v_BTHV.shape[-1]
-  chunk = chunk or 128
-  cell = _kernels().Cell(chunk, normalize, eps, 100 * 2**20, interpret)
+  # Interpret mode runs elsewhere, and knows no limit.
+  device_kind = this_device().device_kind
+  vmem = VMEM.get(device_kind, max(VMEM.values()))
+  if chunk is None:
+    chunk = best_chunk(device_kind, K, V)
+  cell = _kernels().Cell(chunk, normalize, eps, vmem, interpret)
 
   def pad(x, axis: int, to: int, **options):
     widths = [(0, 0)] * x.ndim
@@ -85,8 +104,55 @@ def pallas_tpu(
   return h_BHTV[:, :, :T, :V].swapaxes(1, 2), last
 
 
-# Heads are padded to a multiple of it.
-LANES = 64
+def refusal(
+  device: Any, dtype: DTypeLike, key_dim: int, value_dim: int, chunk: int | None
+) -> str | None:
+  """Why the kernels do not take such arrays on a TPU, or None."""
+  if jnp.dtype(dtype) != jnp.bfloat16:
+    return f"it computes in bfloat16, and the tokens are {jnp.dtype(dtype)}"
+  if chunk not in (None, *CHUNKS):
+    return f"chunk is {chunk}, and it takes chunks of 128 or 256 tokens"
+  vmem = VMEM[device.device_kind]
+  needed = needed_vmem(chunk or min(CHUNKS), key_dim, value_dim)
+  if needed > vmem:
+    return (
+      f"heads of {key_dim} keys and {value_dim} values in chunks of "
+      f"{chunk or min(CHUNKS)} tokens need {needed / _MIB:.0f} MiB of VMEM, and "
+      f"kernels may use {vmem / _MIB:.0f} MiB of a {device.device_kind}"
+    )
+  return None
+
+
+def device_refusal(device: Any = None) -> str | None:
+  """Why the kernels do not run on a device, or None; by default on this one."""
+  device = device or this_device()
+  if device.platform != "tpu" or device.device_kind not in VMEM:
+    return (
+      "it needs a TPU v5e, v5p, v6e or 7x, and the device is "
+      f"{device.device_kind}"
+    )
+  return None
+
+
+def best_chunk(device_kind: str, key_dim: int, value_dim: int) -> int:
+  """Tokens of a chunk: the longest that fits, or the shortest."""
+  vmem = VMEM.get(device_kind, max(VMEM.values()))
+  fit = [L for L in CHUNKS if needed_vmem(L, key_dim, value_dim) <= vmem]
+  return max(fit, default=min(CHUNKS))
+
+
+def needed_vmem(chunk: int, key_dim: int, value_dim: int) -> int:
+  """Bytes of VMEM of the backward kernel, which needs more than the forward.
+
+  Blocks of arrays are there twice, one being copied while the other is used.
+  """
+  K, V = (dim + -dim % 128 for dim in (key_dim, value_dim))
+  tokens = 2 * 2 * chunk * (4 * K + 3 * V)
+  # C; what rounding took from it; D before the first chunk and as it runs.
+  states = K * V * (2 * 2 + 2 + 2 * 4 + 2 * 4)
+  # D in two parts; pairs of tokens and sums that do not fit into registers.
+  inside = K * V * 8 + 4 * chunk * (6 * chunk + 3 * K + 2 * V)
+  return tokens + states + inside
 
 
 def _kernels():

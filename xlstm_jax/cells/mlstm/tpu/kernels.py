@@ -207,7 +207,12 @@ def _backward_kernel(
 
   def chunk(parts: int):
     wide = functools.partial(jnp.asarray, dtype=jnp.float32)
-    q_lk, k_lk, v_lv, dh_lv = q_ref[0, 0], k_ref[0, 0], v_ref[0, 0], dh_ref[0, 0]
+    q_lk, k_lk, v_lv, dh_lv = (
+      q_ref[0, 0],
+      k_ref[0, 0],
+      v_ref[0, 0],
+      dh_ref[0, 0],
+    )
     state = [C_before_ref[0, 0, 0]]
     if parts == 2:
       pltpu.sync_copy(C_low_ref.at[at], low_ref)
