@@ -1,7 +1,8 @@
 """Compiles each cell's TPU kernel and native form, and shows what each costs.
 
   python scripts/bench_tpu_aot.py --json=tpu_aot.json
-  python scripts/bench_tpu_aot.py --cell=mlstm --chip=v5e --shape=2,4096,8,256,512
+  python scripts/bench_tpu_aot.py --cell=mlstm --chip=v5e \\
+    --shape=2,4096,4,256,512
   python scripts/bench_tpu_aot.py --table
 
 Nothing runs on a TPU: libtpu compiles for one on any machine (the extra
@@ -171,33 +172,34 @@ def compile_form(cell: Cell, shape: Sequence[int], chip: str, form: str) -> Any:
 
 def cycles(program: str) -> int:
   """XLA's estimated cycles, bodies of loops as often as they run."""
-  own: dict[str, int] = {}
-  called: dict[str, list[tuple[str, int]]] = {}
-  entry = name = None
-  for line in program.splitlines():
-    if start := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+  lines: dict[str, list[str]] = {}
+  entry, name = "", ""
+  for text in program.splitlines():
+    if start := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", text):
       name = start[2]
-      own[name], called[name] = 0, []
+      lines[name] = []
       entry = name if start[1] else entry
-    elif line.startswith("}"):
-      name = None
-    elif name is not None:
-      found = re.findall(r'"estimated_cycles":"(\d+)"', line)
-      own[name] += sum(map(int, found))
-      if body := re.search(r"\bbody=%?([\w.\-]+)", line):
-        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-        if trips is None:
-          raise ValueError(f"A loop of unknown length: {line[:200]}")
-        called[name].append((body[1], int(trips[1])))
-      for other in re.findall(r"\bto_apply=%?([\w.\-]+)", line):
-        if " call(" in line:
-          called[name].append((other, 1))
+    elif name and text != "}":
+      lines[name].append(text)
+
+  def trips(condition: str) -> int:
+    # It compares the step with the number of steps.
+    bounds = re.findall(r"s32\[\]\S* constant\((\d+)\)", condition)
+    if len(bounds) != 1 or "direction=LT" not in condition:
+      raise ValueError(f"How often does this loop run? {condition[:500]}")
+    return int(bounds[0])
 
   def total(name: str) -> int:
-    return own[name] + sum(n * total(body) for body, n in called[name])
+    text = "\n".join(lines[name])
+    own = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
+    loops = re.findall(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", text)
+    calls = re.findall(r" call\(.*to_apply=%?([\w.\-]+)", text)
+    own += sum(
+      trips("\n".join(lines[condition])) * total(body)
+      for condition, body in loops
+    )
+    return own + sum(map(total, calls))
 
-  if entry is None:
-    raise ValueError("The program has no entry.")
   return total(entry)
 
 

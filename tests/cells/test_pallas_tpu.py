@@ -133,3 +133,100 @@ def test_faults_of_the_kernels_are_found(
     contract.check_rounded(
       form(32, contract.DIMS, fault.__name__), gate, dtype="bfloat16"
     )
+
+
+def each_row(both):
+  """As `both`, one row after the other."""
+
+  def mapped(*arrays):
+    rows = jax.vmap(both)(*(x[:, None] for x in arrays))
+    return [x[:, 0] for x in rows]
+
+  return mapped
+
+
+def on_a_mesh(both, *, check_vma=True):
+  """As `both`, two rows on each of two devices."""
+  mesh = jax.make_mesh(
+    (2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2]
+  )
+  rows = PartitionSpec("data")
+  return jax.shard_map(
+    both, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=check_vma
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "transformed",
+  [each_row, on_a_mesh, functools.partial(on_a_mesh, check_vma=False)],
+  ids=["vmap", "shard_map", "shard_map-unchecked"],
+)
+def test_transformations_change_nothing(transformed, install):
+  install()
+  x = contract.case("first=12")
+  arrays = [jnp.asarray(y, jnp.bfloat16) for y in (*x[:3], x.dh_BTHV)]
+  arrays += [jnp.asarray(y, jnp.float32) for y in (x.i_BTH, x.f_BTH)]
+
+  def both(q, k, v, dh, i, f):
+    def cell(q, k, v, i, f):
+      gates = {"i_BTH": i, "f_BTH": f}
+      return backends.mlstm(q, k, v, **gates, chunk=32, backend="pallas_tpu")[0]
+
+    h, back = jax.vjp(cell, q, k, v, i, f)
+    return [h, *back(dh)]
+
+  for got, expected in zip(
+    jax.jit(transformed(both))(*arrays), jax.jit(both)(*arrays), strict=True
+  ):
+    np.testing.assert_allclose(
+      np.float64(got), np.float64(expected), rtol=1e-5, atol=1e-30
+    )
+
+
+def device(kind: str, platform: str = "tpu"):
+  return types.SimpleNamespace(platform=platform, device_kind=kind)
+
+
+HEADS = [
+  *((64, 128), (96, 192), (128, 256), (256, 512), (384, 384), (512, 512)),
+  *((768, 768), (1024, 1024), (1280, 1280)),
+]
+KINDS = ("TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_named_head_is_taken(kind):
+  for K, V in HEADS:
+    shapes = backends.Shapes(B=1, T=512, H=2, K=K, V=V, dtype="bfloat16")
+    row = backends.BACKENDS.backends["pallas_tpu"]
+    assert row.why_not(device(kind), shapes) is None
+    assert backend.best_chunk(kind, K, V) in backend.CHUNKS
+
+
+@pytest.mark.parametrize(
+  ("where", "change", "message"),
+  [
+    (device("cpu", "cpu"), {}, "needs a TPU v5e, v5p, v6e or 7x, .* is cpu"),
+    (device("TPU v4"), {}, "needs a TPU v5e, v5p, v6e or 7x, .* is TPU v4"),
+    (device("TPU7x"), {"dtype": "float32"}, "the tokens are float32"),
+    (device("TPU7x"), {"chunk": 64}, "chunk is 64, and it takes chunks of 128"),
+    (
+      device("TPU7x"),
+      {"K": 1536, "V": 1536},
+      "1536 keys and 1536 values in chunks of 128 tokens need 77 MiB of VMEM, "
+      "and kernels may use 58 MiB of a TPU7x",
+    ),
+  ],
+)
+def test_what_is_refused_and_why(where, change, message):
+  shapes = backends.Shapes(B=1, T=512, H=2, K=64, V=128, dtype="bfloat16")
+  row = backends.BACKENDS.backends["pallas_tpu"]
+  assert re.search(message, row.why_not(where, shapes._replace(**change)))
+
+
+def test_a_machine_without_a_tpu_is_refused_with_the_reason():
+  x = jnp.ones((1, 4, 1, 64), jnp.bfloat16)
+  gates = {"i_BTH": x[..., 0], "f_BTH": x[..., 0]}
+  with pytest.raises(UserError, match=r"needs a TPU v5e.* the device is cpu"):
+    backends.mlstm(x, x, x, **gates, backend="pallas_tpu")

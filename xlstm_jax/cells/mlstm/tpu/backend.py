@@ -112,13 +112,13 @@ def refusal(
     return f"it computes in bfloat16, and the tokens are {jnp.dtype(dtype)}"
   if chunk not in (None, *CHUNKS):
     return f"chunk is {chunk}, and it takes chunks of 128 or 256 tokens"
-  vmem = VMEM[device.device_kind]
-  needed = needed_vmem(chunk or min(CHUNKS), key_dim, value_dim)
+  shortest, vmem = chunk or min(CHUNKS), VMEM[device.device_kind]
+  needed = needed_vmem(shortest, key_dim, value_dim)
   if needed > vmem:
     return (
-      f"heads of {key_dim} keys and {value_dim} values in chunks of "
-      f"{chunk or min(CHUNKS)} tokens need {needed / _MIB:.0f} MiB of VMEM, and "
-      f"kernels may use {vmem / _MIB:.0f} MiB of a {device.device_kind}"
+      f"heads of {key_dim} keys and {value_dim} values in chunks of {shortest} "
+      f"tokens need {needed / _MIB:.0f} MiB of VMEM, and kernels may use "
+      f"{vmem / _MIB:.0f} MiB of a {device.device_kind}"
     )
   return None
 
