@@ -51,6 +51,7 @@ from xlstm_jax.errors import UserError, exit_code
 ROWS = (
   "pallas_gpu",
   "pallas_gpu-128",
+  "pallas_tpu",
   "chunkwise-64",
   "chunkwise-128",
   "chunkwise-256",

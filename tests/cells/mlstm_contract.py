@@ -251,7 +251,7 @@ def run(
     floats = (*narrow[:3], *(x.astype(wide) for x in case[3:5]))
     state = tuple(x.astype(wide) for x in case.state[:3])
     dstate = tuple(x.astype(wide) for x in case.dstate)
-    with jax.set_mesh(sequence_mesh(form.devices)):
+    with jax.set_mesh(sequence_mesh(form.devices, dtype)):
       results = program(form, options)(
         floats,
         state,
@@ -267,10 +267,12 @@ def run(
   return {name: np.asarray(x, np.float64) for name, x in results.items()}
 
 
-def sequence_mesh(devices: int) -> jax.sharding.Mesh:
-  """All of them along time."""
-  cfg = sharding.MeshConfig(data=1, sequence=devices)
-  return sharding.make_mesh(cfg, jax.devices()[:devices])
+def sequence_mesh(count: int, dtype: str) -> jax.sharding.Mesh:
+  """Devices along time; of the host in float64, which TPUs do not have."""
+  on_host = dtype == "float64" and jax.default_backend() == "tpu"
+  devices = jax.devices("cpu" if on_host else None)
+  cfg = sharding.MeshConfig(data=1, sequence=count)
+  return sharding.make_mesh(cfg, devices[:count])
 
 
 @functools.cache
