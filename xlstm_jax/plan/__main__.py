@@ -26,7 +26,7 @@ topologies:
 
 Compiling for TPUs takes libtpu, for GPUs jax-cuda13-plugin; both are in
   pip install -c constraints/newest.txt -e '.[plan]'
-On TPUs the cells run in their native form; no kernel is written for them yet.
+On TPUs the mLSTM has a kernel, which no TPU has run yet; other cells have none.
 Of a GPU's memory JAX takes 75 %, or what XLA_CLIENT_MEM_FRACTION says.
 
 exit status:

@@ -155,13 +155,6 @@ def _forward_kernel(
       *_floors(_row(gates_ref, M), cell),
     )
     state = _parts(C_ref[0, 0], parts)
-    if save:
-      u_ref, C_before_ref, C_low_ref, n_before_ref, low_ref = others
-      C_before_ref[0, 0, 0] = state[0]
-      n_before_ref[0, 0, 0] = n_ref[0, 0]
-      if parts == 2:
-        low_ref[...] = state[1]
-        pltpu.sync_copy(low_ref, C_low_ref.at[at])
     weights = _weights(gates_ref, reader, reader_rest, first)
     scores = _product(q_lk, k_lk, _ROWS_BY_ROWS) * weights
     u = _total(scores, 1)
@@ -171,7 +164,13 @@ def _forward_kernel(
     h *= _inverse(m, u, floor, extra, cell)
     h_ref[0, 0] = h.astype(jnp.bfloat16)
     if save:
+      u_ref, C_before_ref, C_low_ref, n_before_ref, low_ref = others
       u_ref[0, 0, 0] = jnp.broadcast_to(u, (u.shape[0], 8)).T[:1]
+      C_before_ref[0, 0, 0] = state[0]
+      n_before_ref[0, 0, 0] = n_ref[0, 0]
+      if parts == 2:
+        low_ref[...] = state[1]
+        pltpu.sync_copy(low_ref, C_low_ref.at[at])
     written = k_lk.astype(jnp.float32) * write
     keep = keep_ref[0, 0, 0, at[2]]
     added = _product(_parts(written, parts), v_lv, _COLUMNS_BY_COLUMNS)
