@@ -43,8 +43,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from xlstm_jax.cells import mlstm
-from xlstm_jax.cells.mlstm.tpu import auto as mlstm_auto
+from xlstm_jax.cells import mlstm, tpu_costs
 from xlstm_jax.cells.mlstm.tpu import backend as mlstm_tpu
 from xlstm_jax.errors import UserError, exit_code
 
@@ -128,7 +127,7 @@ CELLS = {
     run=run_mlstm,
     native="chunkwise",
     trips=mlstm_trips,
-    table=mlstm_auto.TABLE,
+    table=mlstm_tpu.COSTS,
     branches=2,
   ),
 }
@@ -342,13 +341,13 @@ def line(cell: str, shape: str, chip: str, result: dict) -> str:
 
 def why_native(result: dict) -> str | None:
   """The rule of "auto"."""
-  return mlstm_auto.why_native(summary(result))
+  return tpu_costs.why_native(summary(result))
 
 
-def summary(result: dict) -> mlstm_auto.Compiled:
+def summary(result: dict) -> tpu_costs.Compiled:
   """What the rule looks at."""
   kernel, native = result[KERNEL], result[NATIVE]
-  return mlstm_auto.Compiled(
+  return tpu_costs.Compiled(
     bundles=sum(part["bundles"] for part in kernel["kernels"].values()),
     cycles=kernel["cycles"],
     bytes=kernel["bytes"],
@@ -442,8 +441,8 @@ def main(argv: list[str] | None = None) -> None:
       )
       if args.json:  # row after row: a run that is cut off keeps its own
         args.json.write_text(json.dumps(results, indent=2) + "\n")
-  if args.table:
-    write_table(results)
+      if args.table:
+        write_table(results)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """What the comparison of compiled programs reads, and the rule of "auto"."""
 
+import json
 import pathlib
 import runpy
 
 import pytest
 
-from xlstm_jax.cells.mlstm.tpu import auto
+from xlstm_jax.cells import tpu_costs
+from xlstm_jax.cells.mlstm.tpu import backend
 from xlstm_jax.errors import UserError
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "bench_tpu_aot.py"
@@ -82,7 +84,7 @@ def test_bundles_are_counted_without_the_rare_branch():
   assert usual == SCRIPT_NAMES["Schedule"]((2, 8), 2)
 
 
-FOUND = auto.Compiled(
+FOUND = tpu_costs.Compiled(
   bundles=800_000,
   cycles=200_000,
   bytes=2 * 10**9,
@@ -102,7 +104,7 @@ FOUND = auto.Compiled(
 )
 def test_auto_takes_the_kernel_where_the_compiler_says_so(change, kernel):
   found = FOUND._replace(**change)
-  reason = auto.why_native(found)
+  reason = tpu_costs.why_native(found)
   assert (reason is None) == kernel
   if reason is not None:
     cycles = found.native_cycles / 1e6
@@ -111,17 +113,19 @@ def test_auto_takes_the_kernel_where_the_compiler_says_so(change, kernel):
 
 
 def test_heads_that_were_not_compiled_run_in_their_native_form():
-  assert auto.why_not_auto("TPU v5 lite", 40, 72) == (
-    "its cost for heads of 40 keys and 72 values on a TPU v5 lite is not in "
-    "the table of compiled programs"
+  reason = tpu_costs.why_not(backend.COSTS, "TPU v5 lite", "40 x 72")
+  assert reason == (
+    "its cost for heads of 40 x 72 on a TPU v5 lite is not in the table of "
+    "compiled programs"
   )
 
 
 def test_the_table_has_what_the_rule_reads():
-  for kind, rows in auto.table().items():
-    assert kind.startswith("TPU")
-    for found in rows.values():
-      assert set(found) == set(auto.Compiled._fields)
+  for kind, rows in json.loads(backend.COSTS.read_text()).items():
+    assert kind in backend.VMEM
+    for heads in rows:
+      reason = tpu_costs.why_not(backend.COSTS, kind, heads)
+      assert reason is None or reason.startswith("compiled, ")
 
 
 @pytest.mark.parametrize(

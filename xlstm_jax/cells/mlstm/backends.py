@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from xlstm_jax.cells import tpu_costs
 from xlstm_jax.cells.backends import Backend, Registry, this_device
 from xlstm_jax.cells.documents import documents
 from xlstm_jax.cells.mlstm import sequence
@@ -19,7 +20,6 @@ from xlstm_jax.cells.mlstm.pallas_gpu_blocks import CHUNKS
 from xlstm_jax.cells.mlstm.parallel import Tokens, parallel, update
 from xlstm_jax.cells.mlstm.recurrent import recurrent
 from xlstm_jax.cells.mlstm.state import State, empty_state
-from xlstm_jax.cells.mlstm.tpu import auto as tpu_auto
 from xlstm_jax.cells.mlstm.tpu import backend as tpu
 from xlstm_jax.cells.precision import accumulator
 from xlstm_jax.cells.varying import alike
@@ -72,8 +72,8 @@ def _shorter_than_a_chunk(shapes: Shapes) -> str | None:
 
 
 def _why_not_auto_tpu(shapes: Shapes) -> str | None:
-  return _shorter_than_a_chunk(shapes) or tpu_auto.why_not_auto(
-    this_device().device_kind, shapes.K, shapes.V
+  return _shorter_than_a_chunk(shapes) or tpu_costs.why_not(
+    tpu.COSTS, this_device().device_kind, f"{shapes.K} x {shapes.V}"
   )
 
 

@@ -3,6 +3,7 @@
 docs/kernels.md has the design.
 """
 
+import pathlib
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +21,9 @@ from xlstm_jax.cells.mlstm.pallas_gpu_gates import (
 )
 from xlstm_jax.cells.mlstm.state import State, rescale
 
-# Tokens of a chunk; "auto" takes the longest that fits.
+# By which "auto" decides (`xlstm_jax.cells.tpu_costs`).
+COSTS = pathlib.Path(__file__).with_name("compiled.json")
+# Tokens of a chunk; None takes the longest that fits.
 CHUNKS = (256, 128)
 # Heads are padded to multiples of it.
 LANES = 64

@@ -1,15 +1,13 @@
-"""Where "auto" takes the TPU kernels: by what the compiler says they cost.
+"""Where "auto" takes a kernel for TPUs: by what the compiler says it costs.
 
-No TPU was at hand. The table beside this file has what libtpu made of the
-kernels and of the native form, which `scripts/bench_tpu_aot.py --table` writes.
+No TPU was at hand. A cell's table has what libtpu made of the kernels and of
+the native form; `scripts/bench_tpu_aot.py --table` writes it.
 """
 
 import functools
 import json
 import pathlib
 from typing import NamedTuple
-
-TABLE = pathlib.Path(__file__).with_name("compiled.json")
 
 
 class Compiled(NamedTuple):
@@ -50,18 +48,23 @@ def why_native(found: Compiled) -> str | None:
   )
 
 
-def why_not_auto(device_kind: str, key_dim: int, value_dim: int) -> str | None:
-  """Why "auto" passes over the kernels for such heads, or None."""
-  found = table().get(device_kind, {}).get(f"{key_dim} x {value_dim}")
+def why_not(table: pathlib.Path, device_kind: str, heads: str) -> str | None:
+  """Why "auto" passes over the kernels of a table for such heads, or None.
+
+  Args:
+    table: Fields of `Compiled` by the kind of the device and the heads.
+    device_kind: Of the device.
+    heads: The sizes of a head, for example "256 x 512".
+  """
+  found = _read(table).get(device_kind, {}).get(heads)
   if found is None:
     return (
-      f"its cost for heads of {key_dim} keys and {value_dim} values on a "
-      f"{device_kind} is not in the table of compiled programs"
+      f"its cost for heads of {heads} on a {device_kind} is not in the table "
+      "of compiled programs"
     )
   return why_native(Compiled(**found))
 
 
 @functools.cache
-def table() -> dict[str, dict[str, dict[str, int]]]:
-  """Fields of `Compiled` by the kind of the device and the heads."""
-  return json.loads(TABLE.read_text())
+def _read(table: pathlib.Path) -> dict[str, dict[str, dict[str, int]]]:
+  return json.loads(table.read_text())
