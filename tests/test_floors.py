@@ -18,7 +18,7 @@ FLOORS = (
   ("models",),
   ("optim", "checkpoints", "metrics", "objective", "ngrams", "data"),
   ("config",),
-  ("trained",),
+  ("trained", "runtime"),
   ("evaluate", "generate", "prepare", "interop"),
   ("train",),
   ("plan",),

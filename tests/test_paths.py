@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from xlstm_jax import config, evaluate, generate, paths, prepare
+from xlstm_jax import config, paths
 from xlstm_jax.config import RunConfig, conversion
 from xlstm_jax.errors import UserError, exit_code
+from xlstm_jax.evaluate import __main__ as evaluate
+from xlstm_jax.generate import __main__ as generate
 from xlstm_jax.interop import hf, paper
 from xlstm_jax.plan import __main__ as plan
+from xlstm_jax.prepare import __main__ as prepare
+from xlstm_jax.runtime.interrupt import Interrupt
 from xlstm_jax.train import command
-from xlstm_jax.train.interrupt import Interrupt
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "xlstm_jax"

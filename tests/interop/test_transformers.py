@@ -16,8 +16,9 @@ import pytest
 from compiled import jit
 from data.small_datasets import write_dataset
 
-from xlstm_jax.evaluate import evaluate_split
-from xlstm_jax.generate import Sampling, generate
+from xlstm_jax.evaluate.perplexity import evaluate_split
+from xlstm_jax.generate.sampling import Sampling
+from xlstm_jax.generate.stream import generate
 from xlstm_jax.interop import hf, large
 from xlstm_jax.layers.compute import Compute
 from xlstm_jax.models.language_model import Definition

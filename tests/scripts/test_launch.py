@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from xlstm_jax import config, metrics, prepare
+from xlstm_jax import config, metrics
 from xlstm_jax.errors import UserError
+from xlstm_jax.prepare import __main__ as prepare
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "launch.py"
 PATIENCE = 900

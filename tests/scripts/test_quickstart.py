@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from xlstm_jax import prepare
+from xlstm_jax.prepare import __main__ as prepare
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "quickstart.py"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from xlstm_jax import prepare
 from xlstm_jax.data import format as files
+from xlstm_jax.prepare import __main__ as prepare
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "stdlib_corpus.py"
 corpus = runpy.run_path(str(SCRIPT))

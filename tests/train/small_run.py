@@ -7,9 +7,10 @@ import socket
 import subprocess
 import sys
 
-from xlstm_jax import prepare, sharding
+from xlstm_jax import sharding
 from xlstm_jax.checkpoints import Checkpoints
 from xlstm_jax.models.language_model import Definition
+from xlstm_jax.prepare import __main__ as prepare
 from xlstm_jax.train import state as states
 
 EXPERIMENT = """\

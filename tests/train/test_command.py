@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from xlstm_jax import errors
-from xlstm_jax.train import command, peers
-from xlstm_jax.train.interrupt import Interrupt
-from xlstm_jax.train.status import Status
+from xlstm_jax.runtime import peers
+from xlstm_jax.runtime.interrupt import Interrupt
+from xlstm_jax.runtime.status import Status
+from xlstm_jax.train import command
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = f"--config={ROOT / 'experiments' / 'quickstart.py'}"

@@ -17,9 +17,9 @@ from xlstm_jax.mixers.memory import Observation
 from xlstm_jax.mixers.mlstm import MLSTMConfig
 from xlstm_jax.models.config import ModelConfig
 from xlstm_jax.models.language_model import Definition
+from xlstm_jax.runtime.status import Status
 from xlstm_jax.sharding import MeshConfig, make_mesh
 from xlstm_jax.train import diagnosis, kernels, loop
-from xlstm_jax.train.status import Status
 
 B, T, H, K = 2, 40, 2, 8
 NAMES = {

@@ -6,9 +6,9 @@ import jax
 import pytest
 from data.small_datasets import write_dataset
 
-from xlstm_jax import evaluate
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data.pipeline import DataConfig
+from xlstm_jax.evaluate import perplexity
 from xlstm_jax.layers.compute import Compute
 from xlstm_jax.models.config import ModelConfig
 from xlstm_jax.models.language_model import Definition
@@ -40,16 +40,16 @@ def test_a_context_longer_than_the_text_costs_no_more(
     mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
   )
   params = definition.init(jax.random.key(0))
-  shapes, put = [], evaluate._put
+  shapes, put = [], perplexity._put
 
   def counting(batch, mesh):
     shapes.append(batch["inputs"].shape)
     return put(batch, mesh)
 
-  monkeypatch.setattr(evaluate, "_put", counting)
+  monkeypatch.setattr(perplexity, "_put", counting)
   found = heldout.scores(run, params, before_batch=lambda: None)
   assert shapes == [(1, 64)]
-  expected = evaluate.evaluate_split(
+  expected = perplexity.evaluate_split(
     definition,
     params,
     run.heldout[0],

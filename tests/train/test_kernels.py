@@ -23,11 +23,11 @@ from xlstm_jax.mixers.mlstm import MLSTMConfig
 from xlstm_jax.models import presets
 from xlstm_jax.models.config import ModelConfig
 from xlstm_jax.models.language_model import Definition
+from xlstm_jax.runtime.status import Status
 from xlstm_jax.sharding import MeshConfig
 from xlstm_jax.train import kernels, loop, memory
 from xlstm_jax.train import step as steps
 from xlstm_jax.train.run import Run
-from xlstm_jax.train.status import Status
 
 CFG = RunConfig(
   model=presets.large("7B"),

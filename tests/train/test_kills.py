@@ -26,7 +26,7 @@ PHASES = ("compile", "step", "save", "evaluation", "start", "imports")
 def test_a_killed_run_is_the_same_bit_by_bit(kills, flags, tmp_path):
   done = subprocess.run(
     [
-      *(sys.executable, ROOT / "scripts" / "kill_run.py"),
+      *(sys.executable, ROOT / "tests" / "tools" / "kill_run.py"),
       *(f"--kills={kills}", *flags, f"--workdir={tmp_path / 'run'}"),
     ],
     capture_output=True,

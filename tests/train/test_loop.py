@@ -29,9 +29,10 @@ from xlstm_jax import config, metrics, sharding
 from xlstm_jax.checkpoints import CheckpointConfig, Checkpoints
 from xlstm_jax.config import LimitsConfig
 from xlstm_jax.errors import UserError
-from xlstm_jax.train import accounting, lock, loop, resume
-from xlstm_jax.train.interrupt import Interrupt
-from xlstm_jax.train.status import Status
+from xlstm_jax.runtime import accounting, lock
+from xlstm_jax.runtime.interrupt import Interrupt
+from xlstm_jax.runtime.status import Status
+from xlstm_jax.train import loop, resume
 
 
 @pytest.fixture(scope="module")

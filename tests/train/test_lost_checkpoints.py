@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from xlstm_jax import checksums, config, prepare, sharding
+from xlstm_jax import checksums, config, sharding
 from xlstm_jax.checkpoints import CheckpointConfig, Checkpoints
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data import format
@@ -21,6 +21,7 @@ from xlstm_jax.mixers.mlstm import MLSTMConfig
 from xlstm_jax.models.config import ModelConfig
 from xlstm_jax.models.language_model import Definition
 from xlstm_jax.optim import OptimConfig
+from xlstm_jax.prepare import __main__ as prepare
 from xlstm_jax.train import loop
 from xlstm_jax.train import state as states
 

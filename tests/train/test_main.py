@@ -13,7 +13,7 @@ ENDING = """
 import sys, threading
 from xlstm_jax.config import LimitsConfig
 from xlstm_jax.train import __main__ as command
-from xlstm_jax.train import peers, processes
+from xlstm_jax.runtime import peers, processes
 
 index, port = map(int, sys.argv[1:])
 processes.join(

@@ -12,7 +12,7 @@ from xlstm_jax.config import RunConfig
 from xlstm_jax.data.pipeline import DataConfig
 from xlstm_jax.models import counts
 from xlstm_jax.models.config import ModelConfig
-from xlstm_jax.train import report, run
+from xlstm_jax.train import report
 from xlstm_jax.train.health import Health
 
 CFG = RunConfig(
@@ -147,12 +147,6 @@ def test_a_finding_is_told_and_a_serious_one_ends_the_reports(log, capsys):
   assert "warning   step 5: loss nan" in capsys.readouterr().out
   assert reports.finding is not None
   assert (reports.finding.step, reports.position) == (7, 107)
-
-
-def test_only_the_first_process_speaks(monkeypatch, capsys):
-  monkeypatch.setattr("jax.process_index", lambda: 1)
-  run.say("hello")
-  assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

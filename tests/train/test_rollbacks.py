@@ -30,11 +30,11 @@ from xlstm_jax import config, metrics
 from xlstm_jax.checkpoints import Checkpoints
 from xlstm_jax.config import HealthConfig
 from xlstm_jax.errors import UserError
+from xlstm_jax.runtime.status import Status
 from xlstm_jax.train import feed, loop, rollbacks
 from xlstm_jax.train import step as steps
 from xlstm_jax.train.health import Finding
 from xlstm_jax.train.rollbacks import Rollback
-from xlstm_jax.train.status import Status
 
 # Batches that make the loss NaN, and one that makes it a hundred times as big.
 NAN, SPIKE = (10, 11), 20

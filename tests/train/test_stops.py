@@ -11,9 +11,9 @@ from small_run import EXPERIMENT, GRACE, final_items, prepared
 
 from xlstm_jax import config, metrics
 from xlstm_jax.checkpoints import Checkpoints
+from xlstm_jax.runtime.interrupt import Interrupt
+from xlstm_jax.runtime.status import Status
 from xlstm_jax.train import feed, loop
-from xlstm_jax.train.interrupt import Interrupt
-from xlstm_jax.train.status import Status
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import time
 from types import TracebackType
 from typing import NoReturn
 
-from xlstm_jax.train import interrupt
+from xlstm_jax.runtime import interrupt
 
 # What the other processes may take to end before the first one does.
 _LAST_SECONDS = 2.0

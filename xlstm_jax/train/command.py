@@ -5,9 +5,10 @@ import sys
 from collections.abc import Sequence
 
 from xlstm_jax import checkpoints, config, paths
-from xlstm_jax.train import loop, peers, processes
-from xlstm_jax.train.interrupt import Interrupt
-from xlstm_jax.train.status import Status
+from xlstm_jax.runtime import peers, processes
+from xlstm_jax.runtime.interrupt import Interrupt
+from xlstm_jax.runtime.status import Status
+from xlstm_jax.train import loop
 
 DESCRIPTION = """\
 Trains the model of an experiment file in a workdir. The same command again

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-from xlstm_jax import evaluate
 from xlstm_jax.checkpoints import EVAL_LOSS
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data import pipeline
 from xlstm_jax.data.shards import Split
+from xlstm_jax.evaluate.perplexity import Result, Score, evaluate_split
 from xlstm_jax.models.language_model import Params
 from xlstm_jax.train.run import Run
 
@@ -30,12 +30,12 @@ def scores(
   """
   cfg = run.cfg
   all_tokens = sum(split.tokens for split in run.heldout)
-  sources: dict[str, evaluate.Score] = {}
+  sources: dict[str, Score] = {}
   for split in run.heldout:
     limit = cfg.eval_tokens
     if limit is not None:
       limit = max(limit * split.tokens // all_tokens, 1)
-    result = evaluate.evaluate_split(
+    result = evaluate_split(
       run.definition,
       params,
       split,
@@ -48,8 +48,8 @@ def scores(
       before_batch=before_batch,
     )
     for name, score in result.sources.items():
-      sources[name] = sources.get(name, evaluate.Score()) + score
-  total = evaluate.Result(sources).total
+      sources[name] = sources.get(name, Score()) + score
+  total = Result(sources).total
   found = {EVAL_LOSS: total.loss, "eval_perplexity": total.perplexity}
   if total.bits_per_byte is not None:
     found["eval_bits_per_byte"] = total.bits_per_byte

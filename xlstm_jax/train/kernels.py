@@ -7,11 +7,12 @@ from jax.sharding import Mesh
 
 from xlstm_jax.cells.backends import AUTO, Backend, Cell, Share
 from xlstm_jax.config import RunConfig
+from xlstm_jax.runtime.output import say
 from xlstm_jax.sharding import batch_shards
 from xlstm_jax.train import memory
 from xlstm_jax.train import state as states
 from xlstm_jax.train import step as steps
-from xlstm_jax.train.run import Run, say
+from xlstm_jax.train.run import Run
 
 
 def checked_step(run: Run) -> Any:

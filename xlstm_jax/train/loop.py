@@ -14,12 +14,17 @@ from xlstm_jax.config import LimitsConfig, RunConfig
 from xlstm_jax.data import format as files
 from xlstm_jax.errors import UserError
 from xlstm_jax.models.language_model import Definition
+from xlstm_jax.runtime import accounting, lock
+from xlstm_jax.runtime.interrupt import Interrupt, Stopped
+from xlstm_jax.runtime.output import say
+from xlstm_jax.runtime.peers import Peers
+from xlstm_jax.runtime.profile import Profile
+from xlstm_jax.runtime.status import Status
+from xlstm_jax.runtime.watchdog import Watchdog
 from xlstm_jax.train import (
-  accounting,
   diagnosis,
   heldout,
   kernels,
-  lock,
   report,
   resume,
   rollbacks,
@@ -27,14 +32,9 @@ from xlstm_jax.train import (
 from xlstm_jax.train import state as states
 from xlstm_jax.train import workdir as folder
 from xlstm_jax.train.feed import Feed
-from xlstm_jax.train.interrupt import Interrupt, Stopped
-from xlstm_jax.train.peers import Peers
-from xlstm_jax.train.profile import Profile
 from xlstm_jax.train.resume import Progress
 from xlstm_jax.train.rollbacks import Rollback
-from xlstm_jax.train.run import Run, say
-from xlstm_jax.train.status import Status
-from xlstm_jax.train.watchdog import Watchdog
+from xlstm_jax.train.run import Run
 
 _NOT_BEGUN = "stopped   before the first step; run again to continue"
 

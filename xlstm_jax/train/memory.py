@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from xlstm_jax.errors import UserError
-from xlstm_jax.train.run import say
+from xlstm_jax.runtime.output import say
 
 ADVICE = (
   "Smaller parts (config.batch_size, config.accumulation), recomputation "

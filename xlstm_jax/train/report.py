@@ -5,9 +5,10 @@ import jax
 from xlstm_jax import metrics
 from xlstm_jax.config import RunConfig
 from xlstm_jax.models import counts
-from xlstm_jax.train.accounting import COMPILE, DATA, STEP
+from xlstm_jax.runtime.accounting import COMPILE, DATA, STEP
+from xlstm_jax.runtime.output import say
 from xlstm_jax.train.health import Finding, Health
-from xlstm_jax.train.run import Run, say
+from xlstm_jax.train.run import Run
 from xlstm_jax.train.step import Metrics
 
 

@@ -12,9 +12,10 @@ from xlstm_jax.config import RunConfig
 from xlstm_jax.data import tokenizer
 from xlstm_jax.data.pipeline import DataConfig, mixing_pattern
 from xlstm_jax.errors import UserError
+from xlstm_jax.runtime.output import say
 from xlstm_jax.train import state as states
 from xlstm_jax.train.health import Health
-from xlstm_jax.train.run import Run, say
+from xlstm_jax.train.run import Run
 from xlstm_jax.train.state import TrainState
 
 

@@ -20,11 +20,13 @@ from etils import epath
 from xlstm_jax.checkpoints import of_first_process
 from xlstm_jax.data import format as files
 from xlstm_jax.errors import UserError, shown
-from xlstm_jax.train import peers, resume
+from xlstm_jax.runtime import peers
+from xlstm_jax.runtime.output import say
+from xlstm_jax.runtime.status import Status
+from xlstm_jax.train import resume
 from xlstm_jax.train import workdir as folder
 from xlstm_jax.train.health import Finding
-from xlstm_jax.train.run import Run, say
-from xlstm_jax.train.status import Status
+from xlstm_jax.train.run import Run
 
 FILE = "rollbacks.json"
 _MAX_BYTES = 2**24

@@ -1,8 +1,7 @@
-"""What stays the same during a run, and its voice."""
+"""What stays the same during a run."""
 
 import dataclasses
 
-import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -34,9 +33,3 @@ class Run:
   manifests: list[Manifest]
   heldout: list[Split]
   checkpoints: Checkpoints
-
-
-def say(line: str) -> None:
-  """Prints a line, on the first of several processes."""
-  if jax.process_index() == 0:
-    print(line, flush=True)

@@ -1,0 +1,1 @@
+"""Exact perplexity and bits per byte of a trained model."""

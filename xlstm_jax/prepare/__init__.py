@@ -1,0 +1,1 @@
+"""Text turned into token shards."""

@@ -1,0 +1,1 @@
+"""What keeps a run's processes alive, together and accounted for."""
