@@ -238,9 +238,9 @@ def schedule(dump: str, branches: int) -> Schedule:
     if "sbr.rel" in line and bundle[2]:
       opened.append([len(depths), 0])
   counts = [depths.count(depth) for depth in range(max(depths) + 1)]
-  usual, *rest = sorted(leaves)[-branches:]
   if branches == 1:
     return Schedule(tuple(counts), 0)
+  usual, *rest = sorted(leaves)[-branches:]
   counts[1] -= sum(rest)
   return Schedule(tuple(counts), max(rest) - usual)
 
