@@ -31,6 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from xlstm_jax.cells.more_rows import more_rows
 from xlstm_jax.cells.precision import rounded
 
 # Rows of the gates of a chunk, each of L numbers: the scales of
@@ -326,6 +327,7 @@ _narrow = functools.partial(_as, jnp.bfloat16)
 _wide = functools.partial(_as, jnp.float32)
 
 
+@more_rows
 def forward(
   q_BHTK: jax.Array,
   k_BHTK: jax.Array,
@@ -382,6 +384,7 @@ def forward(
   )
 
 
+@more_rows
 def backward(
   q_BHTK: jax.Array,
   k_BHTK: jax.Array,
