@@ -2,14 +2,15 @@
 
     grid (B, H, N): rows and heads in parallel, the chunks of L tokens in turn
 
-    HBM   gates, q, k, v of chunk n            C_n, n_n       h of chunk n
-               | copied while n-1 runs            ^              ^
-    VMEM       v                                  |              |
-          w = exp(reader + writer)     (L x L)    |              |
-          s = (q k^T) w                           |              |
-          u = sum of s + past q n                 |              |
-          h = (s v + past q C) / size(u) ---------+------------->+
-          C = keep C + (write k)^T v   (K x V float32, stays in VMEM)
+    HBM   gates, q, k, v of chunk n          h of chunk n     C_n, n_n
+               | copied while n-1 runs           ^               ^ with `save`
+    VMEM       v                                 |               |
+          w = exp(reader + writer)    (L x L)    |               |
+          s = (q k^T) w                          |               |
+          u = sum of s + past q n                |               |
+          h = (s v + past q C) / size(u) --------+               |
+          C (K x V in float32), n  ------------------------------+
+          C = keep C + (write k)^T v
           n = keep n + sum of write k
 
 The backward kernel runs from the last chunk to the first with D, the gradient
