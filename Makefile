@@ -29,10 +29,10 @@ quickstart: $(VENV)/installed  ## prepare, train, evaluate and sample on CPU
 	$(BIN)/python scripts/quickstart.py '--workdir=$(WORKDIR)'
 
 test: $(VENV)/plan-installed  ## the quick tests
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal -m "not slow" $(TESTS)
 
 test-slow: $(VENV)/plan-installed  ## the heavier tests
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal -m slow $(TESTS)
 
 test-interop: $(VENV)/installed .venv-interop-4/installed .venv-interop-5/installed  ## let transformers 4.57 and 5 read exports (GBs of PyTorch)
 	rm -rf $(EXPORTS)

@@ -14,14 +14,15 @@ Published (xLSTM paper): peak learning rate 3e-3, and what all sizes share
 (`xlstm_jax/config/recipes.py`). Ours: remat, accumulation and the mesh, which
 change memory and speed only.
 
-Machine: one H100 of 80 GB (h100:1). 32 rows at a time, of which matmul outputs
-are kept, take 18 of the 59 GiB that JAX has there (compiled, docs/plan.md). On
-n devices divide the accumulation by n: each then has as many rows at a time.
+Machine: one H100 of 80 GB (h100:1). Computing 32 rows at a time and keeping
+their matmul outputs takes 18 of the 59 GiB that JAX has there (compiled,
+docs/plan.md). On n devices divide the accumulation by n, so that each device
+has as many rows at a time.
 
 Cost: computed, 1.47e19 training FLOPs (0.936 GFLOP a token, models.counts, and
 15.7B tokens). Measured on one H200 (jax 0.11.2) in batches of 32 such rows:
-176,000 tokens/s or 25 H200-hours, [7:1] 126,000 or 35. 8 rows at a time of
-which nothing is recomputed are slower: 102,800 and 70,000 tokens/s.
+176,000 tokens/s or 25 H200-hours; [7:1], as it is here, 164,700 or 26. 8 rows
+at a time of which nothing is recomputed are slower ([1:0]: 102,800 tokens/s).
 
 Expected, validation perplexity: after 15B tokens unknown; after 300B tokens
 14.63, [7:1] 14.60 (published). Measured: unknown.

@@ -13,13 +13,13 @@ Published (paper and released configurations): GPT-NeoX tokenizer, windows of
 decay 0.1 on matrices but not on the embedding, clipping at a global norm of
 0.5, peak learning rate 5e-4 (the released long run: 4e-4), warm-up over 3000
 steps, exponential decay to a tenth at step 500k, then a linear cooldown.
-Unknown: its length; here it takes the steps that are left. Not followed: the
-batch ramp of 128, 256 and 512 sequences, 2000 steps each; and documents are
-kept apart exactly, not by a forget gate of -25. Ours: remat, accumulation and
-the mesh, which change memory and speed only.
+Unknown: the length of the cooldown; here it takes the steps that are left. Not
+followed: the batch ramp of 128, 256 and 512 sequences, 2000 steps each; and
+documents are kept apart exactly, not by a forget gate of -25. Ours: remat,
+accumulation and the mesh, which change memory and speed only.
 
-Machine: one node of 8 H200s (h200:8) has room for it: 2 rows at a time on each,
-of which matmul outputs are kept, take 62 of the 105 GiB that JAX has there
+Machine: one node of 8 H200s (h200:8). Computing 2 rows at a time on each and
+keeping their matmul outputs takes 62 of the 105 GiB that JAX has there
 (compiled, docs/plan.md). On n such nodes divide the accumulation by n.
 
 Cost: computed, 9.3e22 training FLOPs (40.4 GFLOP a token, models.counts, and

@@ -1,21 +1,24 @@
-"""Times the mLSTM's backends and their public peers, errors beside each time.
+"""Times the cells' backends and public peers, errors beside each time.
 
   python scripts/bench_cells.py --json=bench.json
   python scripts/bench_cells.py --shape=1,256,2,64,128 --row=chunkwise-64
   python scripts/bench_cells.py --tune --shape=8,8192,8,256,512 --jobs=8
 
-A shape is rows, tokens, heads, keys and values. Every row of the table runs in
-a process of its own; one that cannot run says why. Times are medians of
-rounds, in ms, on random bfloat16 data; errors are relative to the definition
-in float64, on 256 tokens of the same heads. Peers: mlstm_kernels' two Triton
-kernels (without the normaliser's gradient), FLA's simple_gla and cuDNN's causal
-attention in JAX, of the same width in heads of 128; the last two compute
-something else, and their errors are relative to the definition of that. GiB are
-the peak of one forward and backward pass, arguments and results included: in
-JAX of the compiled program, in PyTorch of what was allocated. FLA refuses the
-backward pass of simple_gla on Hopper with Triton from 3.4 to before 3.7.1. With
---jobs so many rows are made ready side by side, while the GPU runs one of them;
-the Pallas kernels' then compile without XLA trying out fusions on the GPU.
+A shape is rows, tokens, heads, keys and values for the mLSTM, and rows, tokens,
+heads and units for the sLSTM and the LSTM. Every row of the table runs in a
+process of its own; one that cannot run says why. Times are medians of rounds,
+in ms, on random data: bfloat16 for the mLSTM; for the others gates are float32,
+as their mixer makes them, and matrices bfloat16. Errors are relative to the
+definition in float64, on 256 tokens of the same heads. Peers: mlstm_kernels'
+two Triton kernels (without the normaliser's gradient), FLA's simple_gla and
+cuDNN's causal attention in JAX, of the same width in heads of 128; the last two
+compute something else, and their errors are relative to the definition of that.
+GiB are the peak of one forward and backward pass, arguments and results
+included: in JAX of the compiled program, in PyTorch of what was allocated. FLA
+refuses the backward pass of simple_gla on Hopper with Triton from 3.4 to before
+3.7.1. With --jobs so many rows are made ready side by side, while the GPU runs
+one of them; the Pallas kernels' then compile without XLA trying out fusions on
+the GPU.
 
 --tune times the block sizes of the Pallas kernels, forward and backward, and
 writes those that were fastest at each shape into the table that the backend
@@ -44,8 +47,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlstm_jax.cells.mlstm import mlstm, pallas_gpu_blocks
-from xlstm_jax.cells.mlstm.pallas_gpu_blocks import Blocks
+from xlstm_jax.cells.lstm import lstm
+from xlstm_jax.cells.mlstm import mlstm
+from xlstm_jax.cells.mlstm.hopper import block_sizes
+from xlstm_jax.cells.mlstm.hopper.block_sizes import Blocks, out_width
+from xlstm_jax.cells.slstm import slstm
 from xlstm_jax.errors import UserError, exit_code
 
 ROWS = (
@@ -60,9 +66,21 @@ ROWS = (
   "simple_gla",
   "cudnn",
 )
+RECURRENT_ROWS = (
+  "slstm-pallas_gpu",
+  "slstm-recurrent",
+  "lstm-pallas_gpu",
+  "lstm-recurrent",
+)
 IN_TORCH = ("mlstm_kernels-xl", "mlstm_kernels-limit", "simple_gla")
 SHAPES = ("8,8192,8,256,512", "8,8192,16,128,256")
+# The heads of the paper's 125M, 350M, 760M and 1.3B, and larger batches.
+RECURRENT_SHAPES = (
+  *("16,2048,4,192", "16,2048,4,256", "16,2048,4,384", "16,2048,4,512"),
+  *("64,2048,4,192", "64,2048,4,256"),
+)
 GRADIENTS = ("dq", "dk", "dv", "di", "df")
+RECURRENT_GRADIENTS = ("dx", "dR", "db")
 DRAWN = 8192  # random tokens, which repeat: drawing more takes a minute
 TIME_LIMIT = 600  # seconds for a row, compilation included
 ROUNDS = 3  # of timing block sizes
@@ -134,11 +152,74 @@ def cell(row: str):
   return lambda q, k, v, i, f: mlstm(q, k, v, i_BTH=i, f_BTH=f, **options)[0]
 
 
-def with_gradients(forward):
-  """Forward, and forward and backward, of (q, k, v, i, f) and dh."""
+def recurrent_cell(row: str):
+  """A row's function of x, R and b, on rows of three documents."""
+  name, _, backend = row.partition("-")
 
-  def both(q, k, v, i, f, dh):
-    h, back = jax.vjp(forward, q, k, v, i, f)
+  def forward(x, R, b):
+    B, T = x.shape[:2]
+    segments_BT = jnp.broadcast_to(1 + jnp.arange(T) * 3 // T, (B, T))
+    run = {"slstm": slstm, "lstm": lstm}[name]
+    return run(x, R, b, segments_BT=segments_BT, backend=backend)[0]
+
+  return forward
+
+
+def recurrent_inputs(shape: tuple[int, ...]) -> list[np.ndarray]:
+  """x, R, b and dy as float32; of R the numbers are bfloat16."""
+  B, T, H, D = shape
+  rng = np.random.default_rng(0)
+
+  def normal(*dims):
+    return rng.standard_normal(dims, np.float32)
+
+  # Random numbers repeat: drawing more takes a minute.
+  drawn = math.gcd(B * T, DRAWN)
+  x, dy = (
+    np.resize(normal(drawn, *dims), (B, T, *dims))
+    for dims in ((4, H, D), (H, D))
+  )
+  R = np.asarray(jnp.bfloat16(0.5 * D**-0.5 * normal(4, H, D, D)), np.float32)
+  b = np.zeros((4, H, D), np.float32)
+  b[1] = 4  # a unit remembers about 50 tokens
+  return [x, R, b, dy]
+
+
+def recurrent_bench(
+  row: str, shape: tuple[int, ...], lock: pathlib.Path | None
+) -> dict:
+  """`bench` of a recurrent cell."""
+
+  def placed(arrays):
+    x, R, b, dy = map(jnp.asarray, arrays)
+    return x, R.astype(jnp.bfloat16), b, dy
+
+  small = recurrent_inputs((8, 256, 2, shape[-1]))
+  cpu = jax.devices("cpu")[0]
+  with jax.enable_x64(True), jax.default_device(cpu):
+    definition = recurrent_cell(row.partition("-")[0] + "-recurrent")
+    y, gradients = with_gradients(definition)[1](*map(np.float64, small))
+    expected = [np.asarray(a) for a in (y, *gradients)]
+  wait_for_turn(lock)
+  forward, both = with_gradients(recurrent_cell(row))
+  y, gradients = both(*placed(small))
+  found = [np.asarray(a, np.float64) for a in (y, *gradients)]
+  arrays = placed(recurrent_inputs(shape))
+  compiled = both.lower(*arrays).compile()
+  return {
+    "forward": measured(lambda: forward(*arrays[:3]), jax.block_until_ready),
+    "both": measured(lambda: compiled(*arrays), jax.block_until_ready),
+    "peak_gib": peak_bytes(compiled) / 2**30,
+    "errors": errors(found, expected, ("y", *RECURRENT_GRADIENTS)),
+  }
+
+
+def with_gradients(forward):
+  """Forward, and forward and backward, of arguments and the cotangent."""
+
+  def both(*args):
+    *args, dh = args
+    h, back = jax.vjp(forward, *args)
     return h, back(dh.reshape(h.shape))
 
   return jax.jit(forward), jax.jit(both)
@@ -251,9 +332,11 @@ def truth(row: str, x) -> list[np.ndarray]:
     return [np.asarray(a) for a in (h, *gradients)]
 
 
-def errors(results, expected) -> dict[str, float]:
+def errors(
+  results, expected, names: Sequence[str] = ("h", *GRADIENTS)
+) -> dict[str, float]:
   """Relative errors of what the row's function depends on."""
-  triples = zip(("h", *GRADIENTS), results, expected, strict=True)
+  triples = zip(names, results, expected, strict=True)
   return {
     name: float(np.linalg.norm(np.float64(a) - b) / np.linalg.norm(b))
     for name, a, b in triples
@@ -274,6 +357,8 @@ def bench(
   row: str, shape: tuple[int, ...], lock: pathlib.Path | None = None
 ) -> dict:
   """One row of the table, in this process."""
+  if row in RECURRENT_ROWS:
+    return recurrent_bench(row, shape, lock)
   # simple_gla is tuned anew for another number of heads.
   few = (1, 256, shape[2] if row == "simple_gla" else 2, *shape[3:])
   small = inputs(few)
@@ -356,18 +441,13 @@ def torch_bench(
 
 def candidates(key_dim: int, value_dim: int) -> list[Blocks]:
   """Block sizes that come to different parts."""
-  # Pallas takes seconds to import.
-  from xlstm_jax.cells.mlstm.pallas_gpu_kernels import out_width
-
-  K = pallas_gpu_blocks.padded_keys(key_dim)
-  V = pallas_gpu_blocks.padded(value_dim)
-  apart = pallas_gpu_blocks.values_apart(K)
+  K = block_sizes.padded_keys(key_dim)
+  V = block_sizes.padded(value_dim)
+  apart = block_sizes.values_apart(K)
   gradients = [(K,), (V,)] if apart else [(K, V)]
-  columns = pallas_gpu_blocks.COLUMNS
+  columns = block_sizes.COLUMNS
   found: dict[tuple[int, ...], Blocks] = {}
-  for sizes in itertools.product(
-    pallas_gpu_blocks.CHUNKS, columns, columns, columns
-  ):
+  for sizes in itertools.product(block_sizes.CHUNKS, columns, columns, columns):
     blocks = Blocks(*sizes)
     parts = (
       blocks.chunk,
@@ -384,8 +464,8 @@ def bench_blocks(
 ) -> dict:
   """Forward and backward with these block sizes, in this process."""
   kind = jax.devices()[0].device_kind
-  dims = pallas_gpu_blocks.name(*shape[3:])
-  pallas_gpu_blocks.table()[kind] = {dims: blocks._asdict()}
+  dims = block_sizes.name(*shape[3:])
+  block_sizes.table()[kind] = {dims: blocks._asdict()}
   _, both = jax_functions("pallas_gpu")
   both = both.lower(*jax_types(shape)).compile(UNTUNED)
   arrays = host_arrays(inputs(shape), jnp.bfloat16)
@@ -406,7 +486,7 @@ def tune(shapes: Sequence[str], run: Callable[..., Iterator[dict]]) -> None:
     for blocks in candidates(*parsed(shape)[3:])
   ]
   times: dict[tuple[str, Blocks], list[float]] = {}
-  table = pallas_gpu_blocks.table()
+  table = block_sizes.table()
   columns = " ".join(f"{field.split('_')[0]:>8}" for field in Blocks._fields)
   print(f"{'shape':20} {columns} {'both':>9}")
   for _ in range(ROUNDS):
@@ -424,10 +504,10 @@ def tune(shapes: Sequence[str], run: Callable[..., Iterator[dict]]) -> None:
       timed[case] = statistics.median(times[case])
       found = timed[case], blocks
       best[shape] = min(best.get(shape, found), found)
-      dims = pallas_gpu_blocks.name(*parsed(shape)[3:])
+      dims = block_sizes.name(*parsed(shape)[3:])
       heads = table.setdefault(result["device"], {})
       heads[dims] = best[shape][1]._asdict()
-      pallas_gpu_blocks.TABLE.write_text(json.dumps(table, indent=2) + "\n")
+      block_sizes.TABLE.write_text(json.dumps(table, indent=2) + "\n")
     cases = [
       (shape, blocks)
       for (shape, blocks), time_ in timed.items()
@@ -490,18 +570,33 @@ def parsed(shape: str) -> tuple[int, ...]:
     numbers = tuple(map(int, shape.split(",")))
   except ValueError:
     numbers = ()
-  if len(numbers) != 5 or min(numbers) < 1:
+  if len(numbers) not in (4, 5) or min(numbers) < 1:
     raise UserError(
       f"--shape={shape} must be five positive numbers: rows, tokens, heads, "
-      "keys, values; for example 8,8192,8,256,512."
+      "keys, values; for example 8,8192,8,256,512; or four: rows, tokens, "
+      "heads, units; for example 16,2048,4,192."
     )
   return numbers
+
+
+def cases_of(
+  shapes: Sequence[str], rows: Sequence[str]
+) -> list[tuple[str, str]]:
+  """Every row with the shapes that it takes."""
+  return [
+    (row, shape)
+    for shape in shapes
+    for row in rows
+    if (row in RECURRENT_ROWS) == (len(parsed(shape)) == 4)
+  ]
 
 
 def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--shape", action="append", help="rows,tokens,heads,K,V")
-  parser.add_argument("--row", action="append", choices=ROWS)
+  parser.add_argument(
+    "--row", action="append", choices=(*ROWS, *RECURRENT_ROWS)
+  )
   parser.add_argument("--json", type=pathlib.Path, help="where results go")
   parser.add_argument(
     "--jobs", type=int, default=1, help="rows made ready side by side"
@@ -523,9 +618,13 @@ def main(argv: list[str] | None = None) -> None:
       "--tune times the block sizes of pallas_gpu and writes its table; give "
       "it no --row and no --json."
     )
-  shapes, rows = args.shape or SHAPES, args.row or ROWS
-  for shape in shapes:
-    parsed(shape)
+  shapes = args.shape or (SHAPES if args.tune else SHAPES + RECURRENT_SHAPES)
+  rows = args.row or ROWS + RECURRENT_ROWS
+  if not cases_of(shapes, ROWS if args.tune else rows):
+    raise UserError(
+      "No row that was asked for takes such a shape: "
+      f"{', '.join(RECURRENT_ROWS)} take four numbers, the others five."
+    )
   if args.here:
     shape = parsed(shapes[0])
     if args.blocks:
@@ -549,8 +648,7 @@ def main(argv: list[str] | None = None) -> None:
       tune(shapes, run)
       return
     print(f"{'shape':20} {'row':19} {'forward':>9} {'both':>9}     GiB  errors")
-    cases = [(row, shape) for shape in shapes for row in rows]
-    results = []
+    cases, results = cases_of(shapes, rows), []
     for (row, shape), result in zip(cases, run(cases), strict=True):
       results.append({"shape": shape, "row": row, **result})
       print(line(shape, row, result), flush=True)

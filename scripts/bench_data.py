@@ -41,12 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument("--megabytes", type=int, default=256, help="text size")
   parser.add_argument("--runs", type=int, default=5)
   parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-  parser.add_argument("--threads", type=int, default=2, help="of the pipeline")
+  parser.add_argument("--threads", type=int, default=2, help="reading threads")
   parser.add_argument(
     "--json",
     type=paths.argument(paths.new_file),
     metavar="FILE",
-    help="write the results there",
+    help="file for the results",
   )
   options = parser.parse_args(arguments)
   with tempfile.TemporaryDirectory() as directory:

@@ -1,4 +1,4 @@
-"""Times whole training steps: tokens/s, MFU and memory, one row beside another.
+"""Times whole training steps: tokens/s, MFU and memory, row by row.
 
   python scripts/bench_train.py --json=bench.json
   python scripts/bench_train.py --model=1.3B --mesh=none --mesh=data=1
@@ -9,17 +9,17 @@
 
 The step is the one that `train` runs (`xlstm_jax.train.step`), in bfloat16 with
 float32 parameters and AdamW, on random tokens. Rows are models x contexts x
-backends x meshes; each runs in a process of its own, and one that cannot run
-says why. --mesh=none is a plain `jax.jit` of the step without any sharding;
-a mesh uses as many devices as its sizes multiply to, and --batch is the rows of
-each of its data and fsdp shares. --unrolled compiles every block
-(compute.scan=False), which takes longer and saves copies of what is kept for
-the backward pass.
+backends x meshes. Each runs in a process of its own, and one that cannot run
+says why. --mesh=none is a plain `jax.jit` of the step without any sharding. A
+mesh uses as many devices as its sizes multiply to, and --batch is the number of
+rows of each of its data and fsdp shares. --unrolled compiles every block
+(compute.scan=False). That takes longer to compile, and saves copies of what is
+kept for the backward pass.
 
---config times the step of an experiment as it is, or with the overrides that
-are written after it, on all devices and in the memory that training would have
-(--mesh and the rest say nothing then). "planned" is what the compiler says that
-the step takes of a device, in GiB.
+--config times the step of an experiment, with any overrides written after it,
+on all devices and in the memory that training would have. --mesh and the other
+options are then ignored. "planned" is the device memory that the step takes
+according to the compiler, in GiB.
 
 Times are medians over rounds. Two utilisations, of the chips' bf16 peak:
 "6N" counts 6 FLOPs per parameter and token (embeddings too), as the published
@@ -396,13 +396,13 @@ def main(argv: list[str] | None = None) -> None:
   add("--config", action="append", help="experiment, and overrides after it")
   add("--model", action="append", choices=MODELS)
   add("--context", action="append", type=int, help="tokens of a row")
-  add("--backend", action="append", help="of the mLSTM cell")
+  add("--backend", action="append", help="backend of the mLSTM cell")
   add("--mesh", action="append", help="such as data=2,fsdp=4, or none")
   add("--batch", type=int, default=8, help="rows per share of the mesh")
   add("--remat", default="matmuls", choices=("none", "matmuls", "block"))
   add("--unrolled", action="store_true", help="compile block by block")
-  add("--profile", action="store_true", help="also where the time goes")
-  add("--json", type=pathlib.Path, help="where results go")
+  add("--profile", action="store_true", help="also show where time goes")
+  add("--json", type=pathlib.Path, help="file for the results")
   add("--here", action="store_true", help="one row, here, as JSON")
   args = parser.parse_args(argv)
   recipes = [Recipe(text, args.profile) for text in args.config or ()]

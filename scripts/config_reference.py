@@ -17,14 +17,14 @@ from xlstm_jax.config.run import RunConfig
 PAGE = Path(__file__).parent.parent / "docs" / "config.md"
 HEAD = """# Settings
 
-Every key of a run's configuration, made from the schema by
-`python scripts/config_reference.py`. Set them in an experiment file or as
-`--config.KEY=VALUE`; `None` and tuples are written as in Python
-(`--config.optim.clip_norm=None`, `--config.model.slstm_at="(1, 3)"`), and
-numbers may be listed without brackets (`--config.model.slstm_at=1,3`).
+Every key of a run's configuration, generated from the schema by
+`python scripts/config_reference.py`. Set a key in an experiment file, or as
+`--config.KEY=VALUE` on the command line. Write `None` and tuples as in Python
+(`--config.optim.clip_norm=None`, `--config.model.slstm_at="(1, 3)"`). Numbers
+may be listed without brackets (`--config.model.slstm_at=1,3`).
 
-Paths are taken as they are, with spaces and commas: a comma does not separate
-them. Repeat the flag for several
+Paths are taken literally, with their spaces and commas; a comma does not
+separate them. To give several, repeat the flag
 (`--config.data.paths=a --config.data.paths="b c"`), or write a tuple of strings
 (`--config.data.paths="('a', 'b c')"`).
 """

@@ -2,7 +2,7 @@
 
 python scripts/launch.py slurm --name=NAME ... -- --config=... --workdir=...
 
-What stands behind the -- goes to `python -m xlstm_jax.train`. docs/launch.md
+The arguments after the -- go to `python -m xlstm_jax.train`. docs/launch.md
 describes what the files do.
 """
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   end = words.index("--") if "--" in words else len(words)
   options = _parser().parse_args(words[:end])
   if isinstance(sys.stdout, io.TextIOWrapper):
-    # It is a file, whatever a terminal could show of it.
+    # The output is a file, whatever a terminal could show of it.
     sys.stdout.reconfigure(encoding="utf-8")
   print(render(options, words[end + 1 :]), end="")
   return 0
@@ -64,7 +64,7 @@ def render(options: argparse.Namespace, train: Sequence[str]) -> str:
   """The file for an engine.
 
   Args:
-    options: as parsed.
+    options: the parsed options.
     train: arguments of the training command.
 
   Raises:
@@ -83,12 +83,20 @@ def render(options: argparse.Namespace, train: Sequence[str]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
   common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-  common.add_argument("--name", required=True, help="of the job")
+  common.add_argument("--name", required=True, help="name of the job")
   common.add_argument(
-    "--nodes", type=int, default=1, metavar="N", help="default: %(default)s"
+    "--nodes",
+    type=int,
+    default=1,
+    metavar="N",
+    help="number of nodes (default: %(default)s)",
   )
   common.add_argument(
-    "--devices", type=int, required=True, metavar="N", help="of a node"
+    "--devices",
+    type=int,
+    required=True,
+    metavar="N",
+    help="number of devices of a node",
   )
   common.add_argument(
     "--retries",
@@ -182,7 +190,7 @@ def _check(options: argparse.Namespace, train: Sequence[str]) -> None:
   given = vars(parser.parse_known_args(train)[0])
   for flag in ("--config", "--workdir"):
     if given[flag[2:]] is None:
-      raise UserError(f"{flag} is missing among the arguments behind the --.")
+      raise UserError(f"{flag} is missing among the arguments after the --.")
   for flag in ours:
     if given[flag[2:]] is not None:
       raise UserError(f"Leave out {flag}: the launcher sets it.")

@@ -114,7 +114,7 @@ held out         {total["bits_per_byte"]:.3f} bits per byte, {
 loss curve       {workdir / "loss.png"}
 TensorBoard logs {workdir / "tensorboard"}
 checkpoints      {workdir / "checkpoints"}
-done in          {duration(seconds)}; docs/tutorial.md goes on from here""")
+done in          {duration(seconds)}; docs/tutorial.md continues from here""")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Writes the standard library's source files as JSON lines, a corpus that
-every machine with Python has.
+"""Writes the standard library's source files as JSON lines.
+
+Every machine with Python has this corpus.
 
     python scripts/stdlib_corpus.py --output=corpus.jsonl
 
-One document a file, `site-packages` excluded, in the form of SlimPajama:
+Each file is a document, without `site-packages`, in the form of SlimPajama:
 {"text": ..., "meta": {"redpajama_set_name": SOURCE, "path": ...}}. A top-level
 package with over 1 % of the bytes is a source, all others are "other".
 """

@@ -1,4 +1,7 @@
-"""Compilation for tests: half the time, for programs that run once."""
+"""Compilation for tests: half the time, for programs that run once.
+
+In a session of pytest it is that of all programs (conftest.py).
+"""
 
 import functools
 

@@ -1,15 +1,15 @@
 """Training states on disk: a thin layer over Orbax.
 
-A step is a folder of items. "params" and "optimizer" are trees of arrays of
-global shape, restored into any sharding; "progress" is JSON. A step counts
-once Orbax has committed it whole, so a killed save leaves no trace but a
-temporary folder, which the next writer removes.
+A step is a folder of items. "params" and "optimizer" are trees of arrays with
+global shapes, which can be restored into any sharding; "progress" is JSON. A
+step counts once Orbax has committed all of it. So a killed save leaves nothing
+but a temporary folder, which the next writer removes.
 
-Before a step is committed its items are opened again and compared with what was
-to be saved: a save that could not be restored is a failed save. It is committed
-together with checksums of its files. A writer moves damaged steps aside before
-it goes on from the newest good one; a reader refuses them. A step without
-checksums is taken for what it says.
+Before a step is committed, its items are opened again and compared with what
+was to be saved: a save that could not be restored is a failed save. A step is
+committed together with checksums of its files. A writer moves damaged steps
+aside before it continues from the newest good one; a reader refuses them. A
+step without checksums is trusted.
 """
 
 import contextlib
@@ -41,11 +41,11 @@ from xlstm_jax import checksums
 from xlstm_jax.errors import UserError
 
 Tree = Any
-# The metric of which the best checkpoint has least.
+# The metric that is lowest in the best checkpoint.
 EVAL_LOSS = "eval_loss"
 # Where Orbax keeps the metrics of a step.
 _METRICS = "metrics"
-# Its items of arrays, and the file through which each of them is found.
+# The items that hold arrays, and the file through which each of them is found.
 _ARRAYS = ("params", "optimizer")
 _MANIFEST = "manifest.ocdbt"
 
@@ -55,13 +55,13 @@ class CheckpointConfig:
   """Which checkpoints are kept.
 
   Attributes:
-    keep_latest: the newest steps.
-    keep_best: the steps of lowest held-out loss.
-    keep_every: besides, every step that this divides; None for none.
-    keep_minutes: besides, the first step after every so many minutes; None for
-      none.
-    retries: how often in a row a failed save is made again, at the next step
-      each time, before the run stops.
+    keep_latest: How many of the newest checkpoints are kept.
+    keep_best: How many of those with the lowest held-out loss are kept.
+    keep_every: Every step that this divides is kept as well; None for none.
+    keep_minutes: The first checkpoint after every so many minutes is kept as
+      well; None for none.
+    retries: How often in a row a failed save is repeated, each time at the next
+      step, before the run stops.
   """
 
   keep_latest: int = 2
@@ -72,11 +72,11 @@ class CheckpointConfig:
 
 
 class SaveTimer:
-  """Says when a checkpoint is due by the clock of the first process.
+  """Says when a checkpoint is due by the clock of process 0.
 
   Args:
-    minutes: between checkpoints; None for never.
-    now: seconds of a monotonic clock.
+    minutes: minutes between checkpoints; None for never.
+    now: a monotonic clock, in seconds.
   """
 
   def __init__(
@@ -87,13 +87,16 @@ class SaveTimer:
     self._saved = now()
 
   def due(self) -> bool:
-    """The same on all processes, which must all ask at the same step."""
+    """Whether one is due, the same on all processes.
+
+    All processes must ask at the same step.
+    """
     if self._minutes is None:
       return False
     return of_first_process(self._now() - self._saved >= 60 * self._minutes)
 
   def saved(self) -> None:
-    """Begins to count anew."""
+    """Starts the clock again."""
     self._saved = self._now()
 
 
@@ -101,16 +104,17 @@ class Checkpoints:
   """The checkpoints under a folder.
 
   Args:
-    directory: of the checkpoints.
-    cfg: what to keep; None to read only, also while another process writes.
-    copies_gb: gigabytes of copies that a save holds at a time; 96 is Orbax's.
+    directory: the folder of the checkpoints.
+    cfg: what to keep; None to read only, even while another process writes.
+    copies_gb: gigabytes of copies that a save holds at a time; 96 is Orbax's
+      default.
 
   Attributes:
     set_aside: a sentence for every damaged step that a writer moved aside.
 
   Raises:
     UserError: all checkpoints are damaged, the folder of a damaged one cannot
-      be renamed, or the folder cannot be made or reached.
+      be renamed, or `directory` cannot be created or reached.
   """
 
   def __init__(
@@ -158,7 +162,7 @@ class Checkpoints:
     )
 
   def items(self, step: int) -> set[str]:
-    """The names of what is in a step."""
+    """The names of the items of a step."""
     return {path.name for path in (self.directory / str(step)).iterdir()}
 
   def save(
@@ -170,14 +174,14 @@ class Checkpoints:
     """Starts saving; once this returns, the arrays may be overwritten.
 
     Args:
-      step: must not exist yet.
-      items: trees of `jax.Array` for "params" and "optimizer", and for
-        "progress" what JSON can hold.
-      metrics: with `EVAL_LOSS`, if the step was evaluated.
+      step: a step that has not been saved yet.
+      items: trees of `jax.Array` for "params" and "optimizer"; for "progress",
+        a value that JSON can hold.
+      metrics: includes `EVAL_LOSS` if the step was evaluated.
 
     Raises:
-      UserError: this save or the ones before it could not be written, more
-        often than they may be made again.
+      UserError: this save and the ones before it failed more often than a save
+        may be repeated.
     """
     if self._cfg is None:
       raise ValueError("these checkpoints were opened to read only")
@@ -191,8 +195,8 @@ class Checkpoints:
     self._failure = None
     self._saving = step, _expected(items)
     self._barriers.begin()
-    # What fails here and now fails on this process alone. The others are in
-    # the save and cannot be told: the run ends.
+    # What fails right here fails on this process alone. The others are inside
+    # the save and cannot be told, so the run ends.
     with self._noting_write_errors(again=jax.process_count() == 1):
       self._manager.save(
         step,
@@ -202,15 +206,15 @@ class Checkpoints:
       )
 
   def set_damaged_aside(self) -> list[str]:
-    """Renames the steps that were damaged since they were saved.
+    """Renames the steps that were damaged after they were saved.
 
     All processes call this, while no save is under way.
 
     Returns:
-      A sentence for each.
+      A sentence for each damaged step.
 
     Raises:
-      UserError: all are damaged, or the folder of one cannot be renamed.
+      UserError: all steps are damaged, or the folder of one cannot be renamed.
     """
     told = self._set_damaged_aside()
     if told:
@@ -218,14 +222,14 @@ class Checkpoints:
     return told
 
   def failure(self, *, wait: bool = False) -> str | None:
-    """Why the last save was not written and should be made again, if so.
+    """Why the last save failed and should be repeated; None if it did not fail.
 
     Args:
-      wait: until that is decided. Otherwise, and with several processes, a
-        save that is under way has not failed yet.
+      wait: whether to wait until that is decided. Otherwise, and with several
+        processes, a save that is under way has not failed yet.
 
     Raises:
-      UserError: it failed more often than it may be made again.
+      UserError: it failed more often than it may be repeated.
     """
     # Several processes must find out at the same step.
     alone = jax.process_count() == 1
@@ -238,7 +242,7 @@ class Checkpoints:
     return None if self._failure is None else _reason(self._failure)
 
   def wait(self) -> None:
-    """Returns when the save under way is committed.
+    """Returns once the save under way is committed.
 
     Raises:
       UserError: it could not be written.
@@ -253,13 +257,13 @@ class Checkpoints:
 
     Args:
       step: one of `steps`.
-      abstract_items: for an item of arrays the tree of
+      abstract_items: for an item of arrays, the tree of
         `jax.ShapeDtypeStruct` with the shardings to restore into, on any
-        mesh; for "progress" anything.
+        mesh; for "progress", anything.
 
     Raises:
       UserError: there is no such step or item, it is damaged, or its tree is
-        another one.
+        different.
     """
     if step not in self._manager.all_steps():
       raise UserError(
@@ -277,7 +281,7 @@ class Checkpoints:
       if name == "progress":
         args[name] = ocp.args.JsonRestore()
       else:
-        # Not the manager's, which reads the metadata of all items.
+        # The manager's own metadata call would read that of all items.
         stored = _stored_shapes(self._root / str(step) / name)
         self._check_structure(step, name, stored, _shapes(abstract))
         args[name] = ocp.args.StandardRestore(abstract)
@@ -319,7 +323,7 @@ class Checkpoints:
       ) from error
 
   def _refuse_damage(self, step: int, names: set[str]) -> None:
-    """Reads what is to be restored once, on the first process for all."""
+    """Refuses a damaged step; process 0 reads and checks it once for all."""
     if step in self._checked:
       return
     found = None
@@ -346,10 +350,10 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _noting_write_errors(self, *, again: bool = True) -> Iterator[None]:
-    """Notes a failed write; raises the one after the last that may fail.
+    """Notes a failed write; raises an error when no more may fail.
 
     Args:
-      again: whether it may be made again at all.
+      again: whether a failed save may be repeated at all.
     """
     try:
       yield
@@ -369,7 +373,7 @@ class Checkpoints:
     times = f", {self._failures} times in a row" * (self._failures > 1)
     advice = "make room for it"
     if isinstance(self._failure, _UnreadableError):
-      advice = "look after its disk"
+      advice = "check its disk"
     # The next call is not about this failure.
     self._failure = None
     return UserError(
@@ -383,8 +387,8 @@ class Checkpoints:
     )
 
   def _forget_failed_save(self) -> None:
-    """Starts anew, without the partial save and the space that it took."""
-    # Its threads may fail once more on the way out, of what we report already.
+    """Opens the folder again, without the partial save and its space."""
+    # Its threads may fail again as they end, with what we already report.
     with contextlib.suppress(OSError, ValueError):
       self._manager.close()
     self._manager = self._open()
@@ -404,10 +408,10 @@ class Checkpoints:
     )
 
   def _before_commit(self) -> None:
-    """Reads back a step that is whole but not yet renamed; adds checksums.
+    """Reads back a step that is complete but not yet renamed; adds checksums.
 
     Raises:
-      OSError: it could not be restored.
+      OSError: the step could not be restored.
     """
     assert self._saving
     step, expected = self._saving
@@ -419,12 +423,12 @@ class Checkpoints:
 
 
 class _Barriers:
-  """Where the processes of a run wait for each other in a save.
+  """The barriers at which the processes of a run meet in a save.
 
-  Orbax has two barriers in the thread that writes and the last ones in a thread
-  that waits for it. A process in which writing failed would only come to the
-  last ones, while the others wait for it at the first for twenty minutes. Here
-  it tells them why, and comes to all.
+  Orbax has two barriers in the thread that writes, and the last ones in a
+  thread that waits for it. A process in which writing failed would skip the
+  first two, while the others wait there for twenty minutes. Here it tells the
+  others why it failed, and then comes to every barrier.
   """
 
   _OF_WRITING = ("async_write_complete", "async_commit_complete")
@@ -437,7 +441,7 @@ class _Barriers:
     self._saver = threading.current_thread()
 
   def begin(self) -> None:
-    """The barriers to come are of another save."""
+    """Starts the barriers of a new save."""
     self._number = next(self._numbers)
     self._reached = 0
     self._saver = threading.current_thread()
@@ -446,14 +450,14 @@ class _Barriers:
     """Waits at one of Orbax's barriers.
 
     Raises:
-      OSError: what was to be done until then failed in another process.
+      OSError: writing failed in another process.
     """
     if any(name in key for name in self._OF_WRITING):
       self._reach_next(timeout_ms)
       for _, reason in self._client.key_value_dir_get(f"{self._key}/failed/"):
         raise OSError(reason)
       return
-    # The saving thread itself has one before all others.
+    # The saving thread has a barrier of its own, before all others.
     if threading.current_thread() is not self._saver:
       self._stand_in_for_writing(timeout_ms)
     self._client.wait_at_barrier(key, timeout_ms)
@@ -461,7 +465,7 @@ class _Barriers:
   def _stand_in_for_writing(self, timeout_ms: int) -> None:
     if self._reached == len(self._OF_WRITING):
       return
-    # Orbax comes here in a `finally`.
+    # Orbax calls this in a `finally`.
     error = sys.exception()
     self._client.key_value_set(
       f"{self._key}/failed/{jax.process_index()}",
@@ -487,12 +491,13 @@ class _Barriers:
 def _set_damaged_aside(
   directory: epath.Path,
 ) -> tuple[int | None, list[str], str | None]:
-  """The newest good step, what was renamed, and why nothing could be."""
+  """The newest good step, sentences on what was renamed, and any refusal."""
   found: dict[int, str] = {}
   newest = None
   steps = ocp.path.step.standard_name_format().find_all(directory)
   for step in sorted((one.step for one in steps), reverse=True):
-    # Of the steps behind the one to go on from, what opening them reads.
+    # Content is checked up to the newest good step; of older steps, only what
+    # opening them reads.
     problem = _problem(directory / str(step), contents=newest is None)
     if problem:
       found[step] = problem
@@ -508,7 +513,7 @@ def _set_damaged_aside(
       [],
       (
         f"{' '.join(told)} No good checkpoint is left: restore one from a "
-        "copy, or begin anew in another workdir."
+        "copy, or start over in another workdir."
       ),
     )
   try:
@@ -531,9 +536,10 @@ def _problem(
   *,
   contents: bool = True,
 ) -> str | None:
-  """What is wrong with a step, also where its checksums are right.
+  """What is wrong with a step; None if nothing is.
 
-  Older versions committed steps whose parts Orbax had not found and merged.
+  Checksums can be right in a damaged step: older versions committed steps whose
+  parts Orbax had not found and merged.
   """
   for name in _ARRAYS:
     if names is None or name in names:
@@ -552,15 +558,15 @@ def _expected(items: Mapping[str, Tree]) -> dict[str, Any]:
 
 
 def _json(value: Any) -> str:
-  """As text, in which NaN is equal to itself."""
+  """The value as text, in which NaN equals itself."""
   return json.dumps(value, sort_keys=True)
 
 
 def _read_back(folder: epath.Path, name: str, expected: Any) -> None:
-  """Opens an item as restoring it would, all but the values of arrays.
+  """Opens an item as restoring would, without reading the values of arrays.
 
   Raises:
-    OSError: it is not there, cannot be read, or is not what was saved.
+    OSError: it is missing, cannot be read, or is not what was saved.
   """
   try:
     if name not in _ARRAYS:
@@ -585,9 +591,9 @@ def _read_back(folder: epath.Path, name: str, expected: Any) -> None:
 def _missing_values(
   folder: epath.Path, shapes: Mapping[str, tuple[int, ...]]
 ) -> str:
-  """The first array of an item whose values are not all there; "" for none.
+  """What is wrong with the first array whose values are incomplete; "" if none.
 
-  Looks every chunk up as reading would, and asks for the size of its file.
+  It looks up every chunk as reading would, and checks the size of its file.
   """
   store = tensorstore.KvStore.open({"driver": "file", "path": f"{folder}/"})
   store = store.result()
@@ -619,7 +625,7 @@ def _missing_values(
 
 
 def _entries(store: Any) -> Iterator[tuple[str, str | bytes]]:
-  """Keys of an OCDBT database, each with its value or where that lies."""
+  """Keys of an OCDBT database, each with its value or the place of that."""
   manifest = tensorstore.ocdbt.dump(store).result()
   nodes = [("", manifest["versions"][-1]["root"]["location"])]
   while nodes:
@@ -637,7 +643,7 @@ def _entries(store: Any) -> Iterator[tuple[str, str | bytes]]:
 
 
 class _UnreadableError(OSError):
-  """A step was written and cannot be restored."""
+  """A step was written but cannot be restored."""
 
 
 def _create(directory: epath.Path) -> None:
@@ -650,27 +656,27 @@ def _create(directory: epath.Path) -> None:
 
 
 def _plain_path(directory: epath.Path) -> tuple[epath.Path, int | None]:
-  """A path of the directory that Orbax and TensorStore take for what it is.
+  """A path of the directory that Orbax and TensorStore take literally.
 
-  Orbax looks for the parts of a step by a glob of their whole path, in which
-  brackets and stars stand for other names, and TensorStore's paths must be
-  UTF-8. A directory with other than plain characters in its path is therefore
-  reached through a descriptor: /proc/self/fd/N.
+  Orbax finds the parts of a step by a glob of their whole path, in which
+  brackets and stars match other names. TensorStore's paths must be UTF-8. So a
+  directory with any but plain characters in its path is reached through a
+  descriptor: /proc/self/fd/N.
 
   Args:
-    directory: absolute.
+    directory: an absolute path.
 
   Returns:
-    The path, and a descriptor that the caller closes when nobody needs the path
-    any more.
+    The path, and a descriptor that the caller closes once the path is no longer
+    needed.
 
   Raises:
     UserError: the directory needs a descriptor, and the system has no such
       paths.
   """
-  # A colon is in the names of buckets.
+  # Names of buckets have a colon.
   plain = re.fullmatch(r"[\w./:@+=,-]*", str(directory), re.ASCII)
-  # Where there is no directory, there is nothing to read.
+  # A directory that does not exist has nothing to read.
   if plain or not directory.is_dir():
     return directory, None
   descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -694,7 +700,7 @@ def _free_name(directory: epath.Path, step: int) -> epath.Path:
 
 
 def of_first_process(value: Any) -> Any:
-  """What JSON can hold, as it is on the first process; all call this."""
+  """The value of process 0, which JSON must hold; all processes call this."""
   if jax.process_count() == 1:
     return value
   data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -707,9 +713,9 @@ def of_first_process(value: Any) -> Any:
 def quiet() -> None:
   """Keeps Orbax from printing the failures that `Checkpoints` raises.
 
-  A failed write is otherwise told a hundred times over: in Orbax's logs, by
-  asyncio, and by TensorStore for every write that was still under way, whose
-  event loop is gone.
+  Otherwise a failed write is reported a hundred times: in Orbax's logs, by
+  asyncio, and by TensorStore for every write that was still under way when its
+  event loop ended.
   """
   absl.logging.set_verbosity(absl.logging.FATAL)
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -724,7 +730,7 @@ def quiet() -> None:
 
 
 def is_write_error(error: BaseException) -> bool:
-  """Whether `error` is the storage's: of the OS, or a TensorStore status."""
+  """Whether `error` comes from the storage: the OS, or a TensorStore status."""
   if isinstance(error, OSError):
     return True
   # TensorStore raises ValueError("RESOURCE_EXHAUSTED: Error writing ...").
@@ -734,7 +740,7 @@ def is_write_error(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-  """The operating system's words, of a TensorStore status too if it has any."""
+  """The operating system's words, if the error or its status has any."""
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
   words = re.search(r": ([^:]+) \[os_error_code=", str(error))
@@ -747,8 +753,8 @@ def _options(
   barriers: _Barriers,
 ) -> ocp.CheckpointManagerOptions:
   if cfg is None:
-    # Not `read_only`, of which Orbax warns; `save` refuses instead. Reading
-    # metrics here would fail where those of a step are damaged.
+    # Orbax warns about `read_only`, so `save` refuses instead. Reading metrics
+    # here would fail if those of one step are damaged.
     return ocp.CheckpointManagerOptions(
       create=False, save_root_metadata=False, lightweight_initialize=True
     )
@@ -774,7 +780,7 @@ def _options(
 
 
 def _loss(metrics: Mapping[str, float]) -> float:
-  """The held-out loss to rank by: without one, or with NaN, the worst."""
+  """The held-out loss to rank by: infinite if it is missing or NaN."""
   loss = metrics.get(EVAL_LOSS, math.inf)
   return math.inf if math.isnan(loss) else loss
 
@@ -787,7 +793,7 @@ def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
 
 
 def _stored_shapes(folder: epath.Path) -> dict[str, tuple[int, ...]]:
-  """The shapes of an item of arrays, each of which is opened."""
+  """The shapes of an item's arrays; this opens each of them."""
   return _shapes(ocp.StandardCheckpointHandler().metadata(folder).tree)
 
 

@@ -1,7 +1,7 @@
-"""Checksums of the files in a folder: what tells damage from data.
+"""Checksums of the files in a folder, which detect damage.
 
-TensorStore checks the structure of what it wrote, but not the values: a byte
-that flips in an array's data is read as if it had always been so.
+TensorStore checks the structure of what it wrote, but not the values: it reads
+a flipped byte in an array's data as if nothing had happened.
 """
 
 import json
@@ -12,7 +12,7 @@ from concurrent import futures
 from etils import epath
 
 FILE = "checksums.json"
-# Files below this are read even where only sizes are asked for.
+# Files below this size are read even if only sizes are checked.
 _SMALL_BYTES = 2**16
 _PIECE_BYTES = 2**22
 _THREADS = 8
@@ -38,13 +38,13 @@ def problem(
   *,
   contents: bool = True,
 ) -> str | None:
-  """What is wrong with the recorded files of a folder, None if nothing is.
+  """What is wrong with the recorded files of a folder; None if nothing is.
 
   Args:
-    folder: a folder without record has no problem.
-    names: of the folders in it that are checked; None for all.
-    contents: reads all files; otherwise the small ones, and the sizes of the
-      others.
+    folder: the folder. One without a record has no problem.
+    names: names of the folders in it that are checked; None for all.
+    contents: whether all files are read. Otherwise only small files are, and
+      the sizes of the others are checked.
   """
   path = folder / FILE
   if not path.exists():

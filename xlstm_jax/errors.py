@@ -1,4 +1,4 @@
-"""The one exception for what a user can cause, and how commands report it."""
+"""The exception for mistakes of the user, and how commands report it."""
 
 import io
 import os
@@ -13,7 +13,7 @@ from xlstm_jax import machine
 
 
 class UserError(ValueError):
-  """A mistake in what the user gave: its message is a sentence for them.
+  """A mistake of the user, with a sentence for them as its message.
 
   The message says what was wrong, with the value, and what to do.
   """
@@ -25,7 +25,7 @@ _SHORT = reprlib.Repr(
 
 
 def shown(value: object) -> str:
-  """A value as a sentence can hold it: its representation, shortened."""
+  """The representation of a value, shortened to fit into a sentence."""
   return _SHORT.repr(value)
 
 
@@ -36,15 +36,15 @@ def exit_code(
 ) -> int:
   """Runs a command's `main` and returns its exit status.
 
-  A `UserError` becomes one line on stderr and status 2, and so do a platform
-  that is not there and memory that runs out; Ctrl-C and a reader of stdout that
-  went away, as `head` does, end it as their signals would. Every other
-  exception is a defect of ours and keeps its traceback. What stdout cannot show
-  is escaped.
+  A `UserError` becomes one line on stderr and status 2. So do a missing
+  platform and exhausted memory. Ctrl-C ends the command as its signal would,
+  and so does a reader of stdout that goes away, such as `head`. Every other
+  exception is a bug of ours and keeps its traceback. What stdout cannot show is
+  escaped.
 
   Args:
     main: the command; may return its status.
-    less_memory: a sentence on how it takes less of a device's memory.
+    less_memory: a sentence on how to make it take less device memory.
   """
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors="backslashreplace")
@@ -71,16 +71,16 @@ def exit_code(
 
 
 def _is_unread(stream: TextIO) -> bool:
-  """Whether nobody reads a stream; then what is left for it goes nowhere."""
+  """Whether nobody reads a stream; if so, its remaining output is dropped."""
   try:
     descriptor = stream.fileno()
   except OSError:
-    # It is no file of the system.
+    # The stream is no file of the operating system.
     return False
   poll = select.poll()
   poll.register(descriptor, 0)
   unread = any(event & select.POLLERR for _, event in poll.poll(0))
   if unread:
-    # Else the interpreter would write the rest at its end, and complain.
+    # Otherwise the interpreter would write the rest when it ends, and complain.
     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
   return unread

@@ -1,7 +1,7 @@
-"""What a command says where the machine is not what was asked for.
+"""The sentences for errors that the machine causes.
 
-A platform that is not there and memory that runs out are neither defects of
-this program nor what a restart could mend.
+A missing platform and exhausted memory are no bugs of this program, and a
+restart does not fix them.
 """
 
 import os
@@ -9,9 +9,9 @@ import re
 import sys
 import traceback
 
-# How JAX's message begins where a platform is named that it does not have.
+# How JAX's message begins if a platform is named that JAX does not have.
 _NO_BACKEND = re.compile(r"(Unable to initialize|Unknown) backend")
-# Of other processes that did not come: these are no fault of this machine.
+# Statuses of missing other processes, which are no fault of this machine.
 _OF_OTHERS = re.compile(
   r"\b(DEADLINE_EXCEEDED|UNAVAILABLE|ABORTED|CANCELLED)\b"
 )
@@ -20,13 +20,13 @@ _MAX_REASON = 300
 
 
 def problem(error: BaseException, *, less_memory: str) -> str | None:
-  """The sentence for an error that the machine caused; None for another one.
+  """The sentence for an error that the machine caused; None for any other.
 
-  Imports no JAX: an error of JAX's can only come from where it was imported.
+  This does not import JAX: where JAX was not imported, it raised no error.
 
   Args:
-    error: what ended the command.
-    less_memory: a sentence on how the command takes less of a device's memory.
+    error: the error that ended the command.
+    less_memory: a sentence on how to make the command take less device memory.
   """
   if isinstance(error, MemoryError):
     return (
@@ -41,10 +41,10 @@ def problem(error: BaseException, *, less_memory: str) -> str | None:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-  """Whether a device, or its compiler, has not the memory that a program needs.
+  """Whether a device lacks the memory that a program needs.
 
-  JAX says so with one of XLA's statuses, at compilation or in a step. Other
-  memories than the main one, such as VMEM, are a kernel's affair.
+  JAX says so with one of XLA's statuses, at compilation or in a step. Memories
+  other than the main one, such as VMEM, are the concern of a kernel.
   """
   message = str(error)
   return "RESOURCE_EXHAUSTED" in message and not re.search(
@@ -58,8 +58,8 @@ def _failed_to_start(error: BaseException) -> bool:
     return False
   if isinstance(error, RuntimeError) and _NO_BACKEND.match(str(error)):
     return True
-  # A plugin that cannot be loaded has its own message. JAX has none where the
-  # platform is cuda and there is no such device: it fails an assertion.
+  # A plugin that cannot be loaded has its own message. If the platform is cuda
+  # and there is no such device, JAX has no message and fails an assertion.
   return isinstance(error, RuntimeError | AssertionError) and any(
     frame.f_globals.get("__name__") == _STARTS_BACKENDS
     for frame, _ in traceback.walk_tb(error.__traceback__)
@@ -70,8 +70,8 @@ def _no_device(error: BaseException) -> str:
   reason = _reason(error) or "there is no NVIDIA GPU that it can see"
   if isinstance(error, RuntimeError) and not _NO_BACKEND.match(reason):
     return (
-      f"A plugin of JAX does not load on this machine: {reason}. Mend it or "
-      "take it away."
+      f"A plugin of JAX does not load on this machine: {reason}. Fix it or "
+      "uninstall it."
     )
   for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME"):
     if value := os.environ.get(name):
@@ -88,10 +88,10 @@ def _no_device(error: BaseException) -> str:
 
 
 def _platforms() -> list[str]:
-  """What JAX finds where nothing is asked for; none where that is unknown."""
+  """The platforms that JAX finds by itself; empty if that is unknown."""
   import jax
 
-  # Others would be waited for.
+  # JAX would wait for the other processes.
   if jax.distributed.is_initialized():
     return []
   try:
@@ -108,9 +108,9 @@ def _in_brackets(error: BaseException) -> str:
 
 
 def _reason(error: BaseException) -> str:
-  """The first line of a message, shortened, as a part of a sentence."""
+  """The first line of a message, shortened to fit into a sentence."""
   line = next(iter(str(error).splitlines()), "").strip()
-  # What follows is said by us, and of Python's settings.
+  # JAX's advice in brackets is replaced by ours.
   line = re.sub(r" \((set|you may need to) .*\)$", "", line)
   if len(line) > _MAX_REASON:
     line = f"{line[:_MAX_REASON]} ..."

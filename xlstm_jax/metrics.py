@@ -1,4 +1,4 @@
-"""What a run reports: rates, and records on the terminal and on disk."""
+"""What a run reports: clocks and rates, and records on disk."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ Event: Any = getattr(event_pb2, "Event")  # noqa: B009
 SessionLog: Any = getattr(event_pb2, "SessionLog")  # noqa: B009
 Summary: Any = getattr(summary_pb2, "Summary")  # noqa: B009
 
-# Dense bf16 FLOP/s of one `device_kind`, from the makers' data sheets.
+# Dense bf16 FLOP/s of one `device_kind`, from the manufacturers' data sheets.
 PEAK_FLOPS = {
   "NVIDIA A100-SXM4-40GB": 312e12,
   "NVIDIA A100-SXM4-80GB": 312e12,
@@ -36,19 +36,19 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-  """Dense bf16 FLOP/s of a kind of device; None where it is unknown."""
+  """Dense bf16 FLOP/s of a kind of device; None if it is unknown."""
   return PEAK_FLOPS.get(device_kind)
 
 
 class Clock:
-  """Adds up the wall time spent on activities, of which there is always one.
+  """Adds up the wall time per activity; there is always one current activity.
 
   Args:
-    activity: the first.
+    activity: the first activity.
 
   Attributes:
-    activity: the present one.
-    changes: how often it changed.
+    activity: The current activity.
+    changes: How often it has changed.
   """
 
   def __init__(self, activity: str):
@@ -59,7 +59,7 @@ class Clock:
     self._lapped: dict[str, float] = {}
 
   def now(self, activity: str) -> None:
-    """From now on, time is spent on this activity."""
+    """Starts to count time for this activity."""
     self._spent = self.spent()
     self._since = time.perf_counter()
     # In this order: see `Watchdog`, which reads both in another thread.
@@ -68,7 +68,7 @@ class Clock:
 
   @contextlib.contextmanager
   def spent_on(self, activity: str) -> Iterator[None]:
-    """Counts the time inside as the activity's."""
+    """Counts the time inside this context for the activity."""
     before = self.activity
     self.now(activity)
     try:
@@ -93,17 +93,17 @@ class Clock:
 class Log:
   """Records of a run in WORKDIR/metrics.jsonl and for TensorBoard.
 
-  Records after `step` that an earlier attempt left are dropped, so that the
-  file is the trajectory of one uninterrupted run. Only process 0 writes.
+  Records after `step`, which an earlier attempt left, are dropped. So the file
+  is the trajectory of one uninterrupted run. Only process 0 writes.
 
   Args:
-    workdir: of the run.
-    step: the step the run continues from.
-    without: drops the records of this step too that hold this metric.
+    workdir: the run's workdir.
+    step: the step from which the run continues.
+    without: records of `step` itself that have this metric are dropped too.
 
   Raises:
-    UserError: the workdir cannot be written to, which the methods raise too,
-      or its records are damaged.
+    UserError: the workdir cannot be written to (the methods raise this too), or
+      its records are damaged.
   """
 
   def __init__(
@@ -137,7 +137,7 @@ class Log:
       self._board.write(step, record)
 
   def close(self) -> None:
-    """Writes out what is held back for TensorBoard."""
+    """Closes the files, and writes what was buffered for TensorBoard."""
     if not self._writes:
       return
     with self._surface_write_errors():
@@ -158,8 +158,8 @@ class Log:
 class _Board:
   """TensorBoard's event file, written in this thread.
 
-  tensorboardX's SummaryWriter writes in another one, which a full disk ends,
-  whereupon its queue fills and the run hangs.
+  tensorboardX's SummaryWriter writes in a thread of its own. A full disk ends
+  that thread, its queue fills, and the run hangs.
   """
 
   _FLUSH_SECONDS = 10.0
@@ -168,7 +168,7 @@ class _Board:
     directory.mkdir(parents=True, exist_ok=True)
     self._writer = EventsWriter(str(directory / "events"))
     self._flushed = -math.inf
-    # TensorBoard forgets what an earlier attempt wrote from here on.
+    # TensorBoard discards what an earlier attempt wrote from this step on.
     start = SessionLog(status=SessionLog.START)
     self._write(Event(step=step + 1, session_log=start))
 
@@ -191,10 +191,10 @@ class _Board:
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
-  """All records of a run, oldest first; none where there is no file.
+  """All records of a run, oldest first; none if there is no file.
 
   Raises:
-    UserError: one is damaged.
+    UserError: a record is damaged.
   """
   path = epath.Path(workdir) / "metrics.jsonl"
   if not path.exists():
@@ -202,7 +202,7 @@ def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
   return [record for _, record in _records(path)]
 
 
-# What differs from one run to the next that is otherwise the same.
+# The metrics that differ between runs that are otherwise the same.
 TIMINGS = {
   "seconds_per_step",
   "tokens_per_second",
@@ -214,7 +214,7 @@ TIMINGS = {
 
 
 def trajectory(workdir: epath.PathLike) -> list[dict[str, Any]]:
-  """All records without what depends on the time."""
+  """All records, without the metrics that depend on time."""
   records = [
     {
       name: value
@@ -241,10 +241,10 @@ def _drop_after(path: epath.Path, step: int, without: str | None) -> None:
 
 
 def _records(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-  """Lines, and what they hold, without one that is cut off at the end.
+  """Lines and their records; a last line that is cut off is left out.
 
   Raises:
-    UserError: another one is damaged.
+    UserError: any other line is damaged.
   """
   lines = path.read_bytes().splitlines()
   for number, line in enumerate(lines, 1):
@@ -263,7 +263,7 @@ def _records(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def perplexity(loss: float) -> float:
-  """exp(loss), infinite where that overflows."""
+  """exp(loss), or infinity if that overflows."""
   return math.exp(loss) if loss < 700 else math.inf
 
 

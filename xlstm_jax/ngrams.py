@@ -1,8 +1,8 @@
 """Unigram and bigram baselines: what counting reaches on the same targets.
 
-A token stream is E d1 E d2 E ... dn E, so the pairs of neighbours are exactly
-the targets with the token before each: E comes before a document's first
-token and is the last target, and no pair crosses a border.
+A token stream is E d1 E d2 E ... dn E. So the pairs of neighbours are exactly
+the targets, each with the token before it. E comes before a document's first
+token and is its last target, and no pair crosses a border.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from xlstm_jax.errors import UserError
 
 # A bigram table of 4096 x 4096 counts takes 128 MiB.
 MAX_VOCAB_SIZE = 4096
-# Mass of the prior in tokens; 1 to 1000 differ by less than 1e-3 bits per byte
-# on the standard library's source files.
+# Mass of the prior in tokens. Values from 1 to 1000 differ by less than 1e-3
+# bits per byte on the standard library's source files.
 PRIOR = 64.0
 
 
@@ -24,8 +24,9 @@ class NGrams:
   """Log probabilities, in nats, of a unigram and a bigram model.
 
   Attributes:
-    unigram_Z: of every token.
-    bigram_ZZ: of every token (second axis) after another (first axis).
+    unigram_Z: Log probability of every token.
+    bigram_ZZ: Log probability of every token (second axis) after another
+      (first axis).
   """
 
   unigram_Z: np.ndarray
@@ -35,8 +36,8 @@ class NGrams:
 def fit(streams: Iterable[np.ndarray], vocab_size: int) -> NGrams:
   """Counts the neighbours in every stream of tokens.
 
-  The unigram adds one to every count. The bigram adds `PRIOR` tokens that
-  are distributed as the unigram says (a Dirichlet prior; MacKay and Peto 1995).
+  The unigram adds one to every count. The bigram adds `PRIOR` tokens with the
+  distribution of the unigram (a Dirichlet prior; MacKay and Peto 1995).
 
   Raises:
     UserError: the vocabulary is too large for a table of pairs.
@@ -67,9 +68,9 @@ def nats(
   """The summed losses of the unigram and of the bigram model per source.
 
   Args:
-    model: what `fit` returned.
-    chunks: tokens, and the source of each but the first of them.
-    num_sources: sources are below this.
+    model: the result of `fit`.
+    chunks: tokens, and the source of each of them but the first.
+    num_sources: number of sources.
   """
   unigram_S, bigram_S = np.zeros(num_sources), np.zeros(num_sources)
   for tokens, sources in chunks:

@@ -1,10 +1,12 @@
-"""Next-token cross-entropy in chunks of time, as a sum and a count.
+"""The loss: next-token cross-entropy in chunks of time, as a sum and a count.
 
-The logits of a whole batch are the largest array of a training step (8192
-tokens x 50304 entries are 1.6 GB in fp32). Here those of one chunk exist at a
-time, on every device those of its part of the vocabulary. The gradient is made
-beside the loss, from the same logits: the loss is a sum, so that its cotangent
-only scales it, and no logits are computed twice.
+The logits of a whole batch would be the largest array of a training step (8192
+tokens x 50304 entries are 1.6 GB in fp32). Here only the logits of one chunk
+exist at a time, and on every device only those of its part of the vocabulary.
+
+The gradient is computed together with the loss, from the same logits. That is
+possible because the loss is a sum, whose cotangent only scales the gradient. So
+no logits are computed twice.
 """
 
 from functools import partial
@@ -40,13 +42,13 @@ def cross_entropy(
   It can be differentiated once, with respect to `weight_ZD` and `x_BTD`.
 
   Args:
-    weight_ZD: of the vocabulary projection. Its gradient is summed over the
-      chunks in at least fp32.
-    x_BTD: what it projects.
-    targets_BT: ids below Z; where the weight is 0 any id will do.
-    weights_BT: 0 where the target does not count, else 1.
+    weight_ZD: weight of the vocabulary projection. Its gradient is summed over
+      the chunks in fp32 or wider.
+    x_BTD: the hidden vectors that it projects.
+    targets_BT: ids below Z, or any id where the weight is 0.
+    weights_BT: 1 where the target counts, 0 elsewhere.
     chunk: positions of every row whose logits exist at a time on a device.
-    cap: the logits' soft cap; None for none.
+    cap: soft cap of the logits; None for none.
   """
   loss_BT = token_losses(weight_ZD, x_BTD, targets_BT, chunk=chunk, cap=cap)
   return _counted(loss_BT, weights_BT).sum(), weights_BT.sum()
@@ -62,8 +64,8 @@ def token_losses(
 ) -> Float[Array, "B T"]:
   """The loss of every target in nats; arguments as in `cross_entropy`.
 
-  `cross_entropy` is what to differentiate: here the logits of all chunks would
-  be kept.
+  Differentiate `cross_entropy` instead: autodiff of this function would keep
+  the logits of all chunks.
   """
   vocabulary = split_over("vocabulary", weight_ZD.shape[0])
 
@@ -98,8 +100,8 @@ def _forward(weight_ZD, x_BTD, targets_BT, weights_BT, chunk, cap):
       x_BLD, targets_BL, weights_BL = xs
       scores_BLZ = attend(weight_ZD, x_BLD)
       log_sum_BL = _log_sum(scores_BLZ, cap, vocabulary)
-      # Behind the barrier the compiler caps the scores again as it reads them,
-      # in place of writing and reading what it has capped.
+      # After the barrier the compiler caps the scores again as it reads them,
+      # instead of writing the capped scores and reading those.
       scores_BLZ = jax.lax.optimization_barrier(scores_BLZ)
       logits_BLZ, uncap = jax.vjp(partial(soft_cap, cap=cap), scores_BLZ)
       ids_BL = _local(targets_BL, len(weight_ZD), vocabulary)
@@ -155,7 +157,7 @@ def _log_sum(
 ) -> jax.Array:
   """log sum exp of the logits.
 
-  A cap takes the place of the largest, which would be a pass of its own.
+  A cap takes the place of the largest logit, which would take a pass to find.
   """
   logits_BLZ = soft_cap(scores_BLZ, cap)
   if cap is not None and cap <= LARGEST_CAP:
@@ -175,7 +177,7 @@ def _target(
   cap: float | None,
   vocabulary: tuple[str, ...],
 ) -> jax.Array:
-  """The logit of the target, made anew: less to read than all logits."""
+  """The logit of the target, computed again, not read from all logits."""
   ids_BL = _local(targets_BL, len(weight_ZD), vocabulary)
   here_BL = (ids_BL >= 0) & (ids_BL < len(weight_ZD))
   rows_BLD = weight_ZD.at[ids_BL].get(mode="clip")
@@ -184,7 +186,7 @@ def _target(
 
 
 def _summed(x: jax.Array, vocabulary: tuple[str, ...]) -> jax.Array:
-  """The sum over the last axis, of which devices may have parts."""
+  """The sum over the last axis, which may be split over devices."""
   x_BL = x.sum(-1)
   return jax.lax.psum(x_BL, vocabulary) if vocabulary else x_BL
 
@@ -192,14 +194,14 @@ def _summed(x: jax.Array, vocabulary: tuple[str, ...]) -> jax.Array:
 def _local(
   targets_BL: jax.Array, size: int, vocabulary: tuple[str, ...]
 ) -> jax.Array:
-  """The targets' places among the `size` entries that a device has."""
+  """The targets' places among the `size` entries on this device."""
   if not vocabulary:
     return targets_BL
   return targets_BL - jax.lax.axis_index(vocabulary) * size
 
 
 def _counted(x: jax.Array, weights: jax.Array) -> jax.Array:
-  """x by its weights; what does not count is 0, even where x is infinite."""
+  """x times its weights; weight 0 gives 0, even where x is infinite."""
   return jnp.where(weights > 0, x * weights, 0)
 
 
@@ -217,6 +219,6 @@ def _split(xs: tuple[jax.Array, ...], chunk: int) -> tuple[jax.Array, ...]:
 
 
 def _joined(x_NBL: jax.Array, time: int) -> jax.Array:
-  """What `_split` makes chunks of."""
+  """The inverse of `_split`: [N, B, L, ...] to [B, T, ...]."""
   x_BNL = jnp.moveaxis(x_NBL, 0, 1)
   return x_BNL.reshape(len(x_BNL), -1, *x_BNL.shape[3:])[:, :time]

@@ -16,18 +16,24 @@ class OptimConfig:
   """AdamW and the schedule of its learning rate.
 
   Attributes:
-    peak_lr: learning rate after the warm-up.
-    schedule: shape between warm-up and cooldown: "cosine" and "exponential"
-      fall to `final_fraction * peak_lr`, "constant" stays.
-    warmup_steps: steps of linear rise from `peak_lr / warmup_steps`.
-    final_fraction: what is left of the peak where the decay ends.
-    decay_steps: step at which the decay ends (then it stays); None: where the
-      cooldown starts.
-    cooldown_steps: last steps of the run, in which the rate falls linearly
+    peak_lr: Learning rate after the warm-up.
+    schedule: Shape of the learning rate between warm-up and cooldown: "cosine"
+      and "exponential" fall to `final_fraction * peak_lr`, "constant" stays.
+    warmup_steps: Number of steps of the linear rise from
+      `peak_lr / warmup_steps`.
+    final_fraction: Share of the peak that is left when the decay ends.
+    decay_steps: Step at which the decay ends; the rate then stays. None ends it
+      where the cooldown starts.
+    cooldown_steps: Number of last steps in which the rate falls linearly
       towards 0; 0 for none.
-    clip_norm: gradients with a larger global norm are scaled down to it; None
+    b1: Decay of Adam's mean of the gradients.
+    b2: Decay of Adam's mean of their squares.
+    eps: Number added to the root of the mean square.
+    weight_decay: Share of a decaying parameter that is subtracted from it,
+      times the learning rate.
+    decay_embedding: Whether the token embedding decays too.
+    clip_norm: Gradients with a larger global norm are scaled down to this; None
       for never.
-    decay_embedding: whether the token embedding decays too.
   """
 
   peak_lr: float = 1e-3

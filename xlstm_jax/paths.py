@@ -1,9 +1,9 @@
 """The one rule for every path that a user gives, as a flag or a config key.
 
 A path is a place in the file system of this machine. A leading `~` is the home
-folder; every other character stands for itself. URLs are refused: written to as
-paths, they would become folders called `gs:`. `./` before a name keeps both
-from being seen.
+folder; every other character stands for itself. URLs are refused, because as
+paths they would become folders called `gs:`. `./` before a name turns both
+rules off.
 """
 
 import argparse
@@ -14,17 +14,17 @@ from collections.abc import Callable
 
 from xlstm_jax.errors import UserError, shown
 
-# gs://bucket, also as pathlib writes it, gs:/bucket; and host:/folder of scp.
+# gs://bucket, also as pathlib writes it, gs:/bucket; and scp's host:/folder.
 _URL = re.compile(r"([^/=]+):(/|$)")
 _MAX_NAME_BYTES = 255
 _MAX_PATH_BYTES = 4095
 
 
 def local(path: str) -> str:
-  """The path with its `~` expanded; touches no file.
+  """The path with its `~` expanded; does not touch the file system.
 
   Raises:
-    UserError: it is a URL, or no file can have this name.
+    UserError: the path is a URL, or no file can have this name.
   """
   if not path:
     raise UserError("A path is empty; leave it out or name a file or folder.")
@@ -59,10 +59,10 @@ def is_url(path: str) -> bool:
 
 
 def reachable(path: str) -> str:
-  """`local`, of a path that is there or could be.
+  """`local`, for a path that exists or could exist.
 
   Raises:
-    UserError: also where the system does not let this process look.
+    UserError: as `local`, or the system does not let this process look.
   """
   path = local(path)
   try:
@@ -74,12 +74,13 @@ def reachable(path: str) -> str:
 
 
 def new_file(path: str) -> str:
-  """`reachable`, of a file that this process can write.
+  """`reachable`, for a file that this process can write.
 
-  For what is written after hours of work. Nothing is created.
+  It is meant for files that are written after hours of work, and creates
+  nothing.
 
   Raises:
-    UserError: also where it is a folder or cannot be written.
+    UserError: as `reachable`, or it is a folder or cannot be written.
   """
   path = reachable(path)
   if os.path.isdir(path) or path.endswith("/"):
@@ -92,10 +93,10 @@ def new_file(path: str) -> str:
 
 
 def new_folder(path: str) -> str:
-  """`reachable`, of a folder in which this process can write.
+  """`reachable`, for a folder in which this process can write.
 
   Raises:
-    UserError: also where it is a file or cannot be written.
+    UserError: as `reachable`, or it is a file or cannot be written.
   """
   path = reachable(path)
   _require_writable(path)
@@ -103,7 +104,7 @@ def new_folder(path: str) -> str:
 
 
 def argument(rule: Callable[[str], str]) -> Callable[[str], str]:
-  """One of the rules as a type of argparse, which then names the flag."""
+  """One of these rules as an argparse type, so that errors name the flag."""
 
   def parse(text: str) -> str:
     try:
@@ -124,7 +125,7 @@ def _sentence_of_url(path: str, scheme: str) -> str:
 
 
 def _require_writable(folder: str) -> None:
-  """Refuses a folder in which nothing can be created, or it itself cannot."""
+  """Refuses a folder in which, or which itself, this process cannot create."""
   while not os.path.exists(folder):
     folder = os.path.dirname(folder.rstrip("/")) or "."
   if not os.path.isdir(folder):

@@ -1,4 +1,4 @@
-"""Ranges of numbers in configurations, stated at their fields."""
+"""Ranges of the numbers in configurations, stated at their fields."""
 
 import dataclasses
 from typing import Any
@@ -8,7 +8,7 @@ _KEY = "range"
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-  """Numbers between bounds; a bound that is None is none."""
+  """Numbers between bounds; None is no bound."""
 
   at_least: float | None = None
   above: float | None = None
@@ -41,8 +41,8 @@ def ranged(
 ) -> Any:
   """A dataclass field with this default, whose numbers lie in a range.
 
-  The checks of a configuration read it; where a field may be None, None is in
-  every range.
+  The checks of a configuration read the range. If a field may be None, None is
+  in every range.
   """
   allowed = Range(at_least, above, below)
   return dataclasses.field(default=default, metadata={_KEY: allowed})

@@ -1,9 +1,9 @@
-"""The device mesh, and which logical axis lies on which of its axes.
+"""The device mesh, and the mesh axes over which each logical axis is split.
 
-Arrays are named by logical axes ("batch", "heads", ...); two tables map those
-names to mesh axes, one for activations and one for parameters. Meshes have
-Auto axes: the compiler propagates shardings between the points where
-`constrain` pins them.
+The dimensions of arrays are named by logical axes ("batch", "heads", ...). Two
+tables map these names to mesh axes, one for activations and one for parameters.
+Meshes have Auto axes: the compiler propagates shardings between the points
+where `constrain` pins them.
 """
 
 import collections
@@ -30,13 +30,13 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
   "inner": ("tensor",),
   "feedforward": ("tensor",),
   "vocabulary": ("tensor",),
-  # Embeddings are looked up where their columns are, for all rows of fsdp;
-  # then these exchange rows for columns.
+  # Every device looks up its own columns of the embedding, for the rows of all
+  # fsdp devices; these then exchange rows for columns.
   "looked_up": ("data",),
   "columns": ("fsdp",),
 }
-# Every weight has one dimension for "fsdp" and, where heads, up-projected
-# channels, feed-forward units or the vocabulary split, one for "tensor".
+# Every weight has one dimension for "fsdp". Those with heads, up-projected
+# channels, feed-forward units or the vocabulary also have one for "tensor".
 PARAMETERS: dict[str, tuple[str, ...]] = {
   "width": ("fsdp",),
   "heads": ("tensor",),
@@ -51,13 +51,15 @@ class MeshConfig:
   """Devices along each mesh axis; one of them may be -1, "the rest".
 
   Attributes:
-    data: replicas; each holds all parameters and a share of the batch.
-    fsdp: shares of the batch between which parameters are split too.
-    tensor: splits heads, feed-forward units and the vocabulary.
-    sequence: splits time.
-    slices: groups of devices between which the network is slower: TPU slices,
-      or nodes of one process each. They divide `data`, else `fsdp`; the other
-      axes stay within a group.
+    data: Number of replicas. Each holds all parameters and a share of the
+      batch.
+    fsdp: Number of devices that share the batch and split the parameters.
+    tensor: Number of devices that split heads, feed-forward units and the
+      vocabulary.
+    sequence: Number of devices that split time.
+    slices: Number of groups of devices that a slower network joins: TPU slices,
+      or nodes of one process each. They divide `data`, or `fsdp` if `data`
+      cannot be divided; the other axes stay within a group.
   """
 
   data: int = -1
@@ -109,7 +111,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def device_grid(cfg: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
-  """The devices along `AXES`, neighbours in the network being neighbours."""
+  """The devices along `AXES`; neighbours in the network are neighbours here."""
   shape = mesh_shape(cfg, len(devices))
   if cfg.slices == 1:
     _refuse_several_slices(devices)
@@ -139,9 +141,10 @@ def device_grid(cfg: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
 
 
 def _refuse_several_slices(devices: Sequence[Any]) -> None:
-  """A mesh that knows nothing of TPU slices would tear any axis over them.
+  """Refuses several TPU slices, over which such a mesh would split any axis.
 
-  Nodes of GPUs are in order, so that the outermost axes leave them.
+  GPUs need no such check: they are in the order of their nodes, so only the
+  outermost axes leave a node.
   """
   slices = {
     getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"
@@ -155,11 +158,11 @@ def _refuse_several_slices(devices: Sequence[Any]) -> None:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Pins an activation's sharding under the current mesh, if there is one.
+  """Pins an activation's sharding to the current mesh, if there is one.
 
   Args:
     x: any array.
-    *axes: a name of `ACTIVATIONS` or None for each dimension of `x`.
+    *axes: for each dimension of `x`, a name from `ACTIVATIONS` or None.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
@@ -173,8 +176,8 @@ def shardings(mesh: Mesh, axes: Any, abstract: Any) -> Any:
 
   Args:
     mesh: the devices.
-    axes: tree of tuples of logical axis names, as `Definition.axes` gives.
-    abstract: the same tree of arrays or `jax.ShapeDtypeStruct`.
+    axes: a tree of tuples of logical axis names, as from `Definition.axes`.
+    abstract: the same tree with arrays or `jax.ShapeDtypeStruct`.
   """
   return jax.tree.map(
     lambda names, x: NamedSharding(
@@ -189,19 +192,20 @@ def shardings(mesh: Mesh, axes: Any, abstract: Any) -> Any:
 def on_mesh(
   cell: Callable[..., Any], *args: Any, axes: tuple, out_axes: Any
 ) -> Any:
-  """`cell(*args)`, each device computing the rows and heads that it holds.
+  """`cell(*args)`, where each device computes the rows and heads that it holds.
 
-  Left to the compiler, a kernel's operands would be gathered on every device,
-  and the reshapes around it as well. Nothing is communicated inside, except
-  by a cell that is given the `time_axis` of its tokens or asks `split_over`.
+  If this were left to the compiler, it would gather a kernel's operands, and
+  the reshapes around it, on every device. Nothing is communicated inside,
+  except by a cell that is given the `time_axis` of its tokens or asks
+  `split_over`.
 
   Args:
-    cell: works on any slice along the logical axes that `axes` names; its
-      other dimensions must be whole and are gathered if they are not.
+    cell: a function that works on any slice along the logical axes in `axes`.
+      Its other dimensions must be whole, and are gathered if they are not.
     *args: arrays, trees of arrays, or None.
-    axes: the logical axes of `args`, in the same trees. Where "time" is among
+    axes: the logical axes of `args`, in the same trees. If "time" is among
       them, the cell has to know the `time_axis`.
-    out_axes: those of the result.
+    out_axes: the logical axes of the result.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
@@ -243,17 +247,18 @@ def split_over(name: str, size: int) -> tuple[str, ...]:
   """The mesh axes over which `on_mesh` splits a dimension of that size.
 
   Args:
-    name: of `ACTIVATIONS`.
-    size: of the dimension.
+    name: a name from `ACTIVATIONS`.
+    size: size of the dimension.
   """
   mesh = jax.sharding.get_abstract_mesh()
   return () if mesh.empty else _split(mesh, ACTIVATIONS, name, size)
 
 
 def from_before(tree: Any, axis_name: str, distance: int = 1) -> Any:
-  """What the device `distance` places before this one has; zeros at the start.
+  """The tree of the device `distance` places before this one.
 
-  For use inside `on_mesh`.
+  The first devices, which have none before them, get zeros. For use inside
+  `on_mesh`.
   """
   size = jax.lax.axis_size(axis_name)
   pairs = [(at, at + distance) for at in range(size - distance)]
@@ -261,7 +266,7 @@ def from_before(tree: Any, axis_name: str, distance: int = 1) -> Any:
 
 
 def of_holder(tree: Any, holds_B: jax.Array, axis_name: str) -> Any:
-  """Each row as the one device has it on which `holds_B` is true.
+  """Each row from the one device on which `holds_B` is true for it.
 
   For use inside `on_mesh`, with arrays [B, ...].
   """
@@ -274,14 +279,14 @@ def of_holder(tree: Any, holds_B: jax.Array, axis_name: str) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows over data and fsdp, time over sequence: for [B, T] arrays."""
+  """The sharding of [B, T]: rows over data and fsdp, time over sequence."""
   return NamedSharding(
     mesh, PartitionSpec(ACTIVATIONS["batch"], ACTIVATIONS["time"])
   )
 
 
 def batch_shards(mesh: Mesh) -> int:
-  """Into how many parts the rows of a batch are split."""
+  """The number of parts into which the rows of a batch are split."""
   return math.prod(mesh.shape[axis] for axis in ACTIVATIONS["batch"])
 
 
@@ -302,7 +307,7 @@ def _is_spec(node) -> bool:
 
 
 def _spec(mesh, rules, names, shape) -> PartitionSpec:
-  """A dimension that its mesh axes do not divide stays whole."""
+  """The partition of an array; a dimension that does not divide stays whole."""
   if len(names) != len(shape):
     raise ValueError(f"axes {names} do not name the dimensions of {shape}")
   return PartitionSpec(

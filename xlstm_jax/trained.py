@@ -20,12 +20,12 @@ class Trained:
   """A checkpoint, ready to be used.
 
   Attributes:
-    cfg: of the run.
-    definition: the model; its mLSTM backend is chosen for this machine.
-    params: of the checkpoint, on the mesh.
-    step: of the checkpoint.
-    tokenizer_hash: identifies the tokenizer of the training data; None for
-      imported parameters that came without one.
+    cfg: The run's configuration.
+    definition: The model, with backends chosen for this machine.
+    params: The checkpoint's parameters, on the mesh.
+    step: The checkpoint's step.
+    tokenizer_hash: Hash of the training data's tokenizer; None for imported
+      parameters that came without one.
   """
 
   cfg: RunConfig
@@ -39,9 +39,9 @@ def load(workdir: epath.PathLike, *, step: str, mesh: Mesh) -> Trained:
   """Restores the parameters of a checkpoint, and nothing else, onto a mesh.
 
   Args:
-    workdir: of the run, which may still be going on.
+    workdir: the run's workdir; the run may still be under way.
     step: "latest", "best" (lowest held-out loss), or a number.
-    mesh: any; the run's does not matter.
+    mesh: any mesh, whatever the run's was.
 
   Raises:
     UserError: there is no such run or checkpoint.
@@ -68,17 +68,17 @@ def load(workdir: epath.PathLike, *, step: str, mesh: Mesh) -> Trained:
 
 
 def use_compilation_cache(cfg: RunConfig) -> None:
-  """Keeps compiled programs where the run keeps them."""
+  """Keeps compiled programs in the run's compilation cache."""
   if cfg.compilation_cache is not None:
     folder = paths.local(cfg.compilation_cache)
     jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def find_tokenizer(model: Trained, workdir: epath.PathLike) -> Tokenizer:
-  """The tokenizer of a run: in its workdir, else beside its data.
+  """The tokenizer of a run, from its workdir or otherwise from its data.
 
   Raises:
-    UserError: it is in neither place, or another one is.
+    UserError: neither place has a tokenizer, or it is another one.
   """
   places = [epath.Path(p) for p in (workdir, *model.cfg.data.paths)]
   for place in places:
@@ -94,7 +94,7 @@ def find_tokenizer(model: Trained, workdir: epath.PathLike) -> Tokenizer:
 
 
 def check_tokenizer(model: Trained, hash: str, place: epath.PathLike) -> None:
-  """Refuses data of another tokenizer than the training data's.
+  """Refuses data whose tokenizer is not that of the training data.
 
   Raises:
     UserError: the hashes differ.
@@ -108,7 +108,7 @@ def check_tokenizer(model: Trained, hash: str, place: epath.PathLike) -> None:
 
 
 def _tokenizer_hash(checkpoints, step: int, workdir) -> str | None:
-  """Of the run; imported parameters have the one beside them, if any."""
+  """The run's hash; for imported parameters, that beside them, if any."""
   if "progress" in checkpoints.items(step):
     progress = checkpoints.restore(step, {"progress": None})["progress"]
     return progress["tokenizer"]

@@ -22,7 +22,8 @@ import numpy as np
 
 from xlstm_jax import sharding
 from xlstm_jax.cells.bound import excess
-from xlstm_jax.cells.mlstm import State, mlstm, pallas_gpu
+from xlstm_jax.cells.hopper_gpus import device_refusal
+from xlstm_jax.cells.mlstm import State, mlstm
 from xlstm_jax.cells.mlstm.state import rescale
 from xlstm_jax.cells.mlstm.tpu import backend as tpu
 from xlstm_jax.sharding import on_mesh, time_axis
@@ -30,7 +31,7 @@ from xlstm_jax.sharding import on_mesh, time_axis
 DIMS = (8, 12)  # keys and values of a head
 # Why a backend does not run on the default device, or None.
 REFUSALS = {
-  "pallas_gpu": pallas_gpu.device_refusal,
+  "pallas_gpu": device_refusal,
   "pallas_tpu": tpu.device_refusal,
 }
 
@@ -335,6 +336,14 @@ def truth(
   return run(_exact(dims), case(gate, time, dims), "float64", options)
 
 
+@functools.cache
+def rounded_definition(
+  gate: str, time: int, options: Options, dtype: str, dims: tuple[int, int]
+) -> dict[str, np.ndarray]:
+  """`run` for the definition in less than float64."""
+  return run(TRUTH, case(gate, time, dims), dtype, options)
+
+
 def _exact(dims: tuple[int, int]) -> Form:
   """What in float64 is the truth for such heads.
 
@@ -449,7 +458,7 @@ def rounded_shares(
   results.pop("dm", None)
   definition = expected
   if form != TRUTH:
-    definition = run(TRUTH, x, dtype, options)
+    definition = rounded_definition(gate, time, options, dtype, form.dims)
   others = moved(gate, time, options, dtype, form.dims)
   # "dm_alone" is "dm" without these.
   C_terms = np.abs(x.state.C_BHKV * expected["dC"])

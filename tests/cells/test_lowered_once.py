@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from xlstm_jax.cells.mlstm import lowered_once as module
-from xlstm_jax.cells.mlstm.lowered_once import lowered_once
+from xlstm_jax.cells import lowered_once as module
+from xlstm_jax.cells.lowered_once import lowered_once
 
 
 @pytest.fixture

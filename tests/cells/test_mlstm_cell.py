@@ -93,6 +93,7 @@ def gate_gradients(form, dtype):
   return {name: np.float64(a) for name, a in found.items()}
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_gates_keep_their_digits_beside_an_old_memory(form):
   """They are far smaller than those of q: no terms may be made that cancel.

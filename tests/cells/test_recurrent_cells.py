@@ -20,6 +20,21 @@ CELLS = {
   "lstm": (lstm, lstm.lstm, lstm.lstm_step),
 }
 TIME = 21
+
+
+class Form(NamedTuple):
+  """A way to compute the cells, and the units of the heads it is tested with.
+
+  Kernels keep the sLSTM's state in a scale of their own: `scaled` results are
+  compared in one that all share.
+  """
+
+  backend: str = "recurrent"
+  units: int = 6
+  scaled: bool = False
+
+
+NATIVE = Form()
 BEFORE = mlstm_contract.BEFORE
 GATES = mlstm_contract.GATES
 
@@ -81,11 +96,21 @@ class Case(NamedTuple):
   dunits: tuple[np.ndarray, ...]
 
 
+def in_one_scale(units):
+  """y and c of an LSTM; y, c / n and log n + m of an sLSTM."""
+  if len(units) == 2:
+    return units
+  y, c, n, m = units
+  empty = n == 0
+  n = jnp.where(empty, 1, n)
+  return y, jnp.where(empty, 0, c / n), jnp.where(empty, 0, jnp.log(n) + m)
+
+
 @functools.cache
-def case(cell: str, gate: str, time: int = TIME) -> Case:
+def case(cell: str, gate: str, time: int = TIME, form: Form = NATIVE) -> Case:
   """Rows as in `mlstm_contract.segments`; all that a row warms is not 0."""
   rng = np.random.default_rng(0)
-  B, H, D = 4, 2, 6
+  B, H, D = 4, 2, form.units
 
   def normal(*shape):
     narrow = rng.normal(size=shape).astype(ml_dtypes.bfloat16)
@@ -102,16 +127,16 @@ def case(cell: str, gate: str, time: int = TIME) -> Case:
     units[2] = warm * np.float64(np.float32(np.exp(units[2])))
   return Case(
     x,
-    normal(4, H, D, D),
+    normal(4, H, D, D) * 2.0 ** -round(np.log2(D / 6) / 2),
     normal(4, H, D),
     tuple(units),
     normal(B, time, H, D),
-    tuple(normal(B, H, D) for _ in units),
+    tuple(normal(B, H, D) for _ in units[form.scaled and cell == "slstm" :]),
   )
 
 
 @functools.cache
-def program(cell: str, which: str):
+def program(cell: str, which: str, form: Form):
   """Results and gradients, in the types of the arguments."""
   module, sequence, _ = CELLS[cell]
 
@@ -119,10 +144,14 @@ def program(cell: str, which: str):
     x, R, b, units = floats
     if which == "ours":
       state = module.State(*units, segment_B=segment)
-      y, last = sequence(x, R, b, segments_BT=segments, state=state)
+      y, last = sequence(
+        x, R, b, segments_BT=segments, state=state, backend=form.backend
+      )
       last = last[:-1]
     else:
       y, last = textbook(cell, x, R, b, segments, units, segment)
+    if form.scaled:
+      last = in_one_scale(last)
     total = sum(jnp.vdot(a, d) for a, d in zip(last, dunits, strict=True))
     return total + jnp.vdot(y, dy.astype(y.dtype)).astype(total.dtype), (
       y,
@@ -132,19 +161,21 @@ def program(cell: str, which: str):
   return compiled.jit(jax.grad(loss, has_aux=True))
 
 
-def run(cell: str, which: str, c: Case, dtype: str) -> dict[str, np.ndarray]:
+def run(
+  cell: str, which: str, c: Case, dtype: str, form: Form = NATIVE
+) -> dict[str, np.ndarray]:
   """y, last units and gradients by name; only x and R are ever bfloat16."""
   with jax.enable_x64(dtype == "float64"):
     wide = jnp.promote_types(dtype, jnp.float32)
     cast = functools.partial(jax.tree.map, lambda a: jnp.asarray(a, wide))
     floats = (c.x.astype(dtype), c.R.astype(dtype), *cast((c.b, c.units)))
     segments = jnp.asarray(mlstm_contract.segments(c.x.shape[1]))
-    grads, (y, last) = program(cell, which)(
+    grads, (y, last) = program(cell, which, form)(
       floats, segments, jnp.asarray(BEFORE), *cast((c.dy, c.dunits))
     )
   names = ["y", *(f"last {i}" for i in range(len(last))), "dx", "dR", "db"]
   values = [y, *last, *grads[:3], *grads[3]]
-  names += [f"dunits {i}" for i in range(len(last))]
+  names += [f"dunits {i}" for i in range(len(grads[3]))]
   return {
     name: np.asarray(a, np.float64)
     for name, a in zip(names, values, strict=True)
@@ -152,14 +183,17 @@ def run(cell: str, which: str, c: Case, dtype: str) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def truth(cell: str, gate: str, time: int) -> dict[str, np.ndarray]:
-  return run(cell, "textbook", case(cell, gate, time), "float64")
+def truth(
+  cell: str, gate: str, time: int, form: Form = NATIVE
+) -> dict[str, np.ndarray]:
+  c = case(cell, gate, time, form)
+  return run(cell, "textbook", c, "float64", form)
 
 
 @functools.cache
-def moved(cell: str, gate: str, time: int, dtype: str):
+def moved(cell: str, gate: str, time: int, dtype: str, form: Form):
   """Truths for inputs each of which is an ulp of its type away."""
-  c = case(cell, gate, time)
+  c = case(cell, gate, time, form)
   rng = np.random.default_rng(2)
 
   def move(x, dtype="float32"):
@@ -171,7 +205,7 @@ def moved(cell: str, gate: str, time: int, dtype: str):
     wide = [tuple(map(move, units)) for units in (c.units, c.dunits)]
     return Case(b=move(c.b), units=wide[0], dunits=wide[1], **narrow)
 
-  return [run(cell, "textbook", other(), "float64") for _ in range(4)]
+  return [run(cell, "textbook", other(), "float64", form) for _ in range(4)]
 
 
 def float64_shares(cell: str, gate: str, time: int) -> dict[str, float]:
@@ -185,16 +219,16 @@ def float64_shares(cell: str, gate: str, time: int) -> dict[str, float]:
 
 
 def rounded_shares(
-  cell: str, gate: str, time: int, *, dtype: str
+  cell: str, gate: str, time: int, *, dtype: str, form: Form = NATIVE
 ) -> dict[str, float]:
   """The error of every result as a share of the bound.
 
   That is twice the sum of what the textbook loses and of what an ulp in the
   inputs changes.
   """
-  c, expected = case(cell, gate, time), truth(cell, gate, time)
-  native = run(cell, "textbook", c, dtype)
-  others = moved(cell, gate, time, dtype)
+  c, expected = case(cell, gate, time, form), truth(cell, gate, time, form)
+  native = run(cell, "textbook", c, dtype, form)
+  others = moved(cell, gate, time, dtype, form)
   return {
     name: excess(
       value,
@@ -202,7 +236,7 @@ def rounded_shares(
       expected[name],
       moved=[other[name] for other in others],
     )
-    for name, value in run(cell, "ours", c, dtype).items()
+    for name, value in run(cell, "ours", c, dtype, form).items()
   }
 
 

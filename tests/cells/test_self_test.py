@@ -54,6 +54,7 @@ def test_gates_that_are_computed_twice_have_a_gradient(kernel):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("backend", ["recurrent", "parallel"])
 def test_other_forms_pass(backend, dtype):

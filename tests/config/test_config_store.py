@@ -23,7 +23,7 @@ def test_a_configuration_returns_from_disk(tmp_path):
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
-  with pytest.raises(UserError, match="is no workdir of a run"):
+  with pytest.raises(UserError, match="is not the workdir of a run"):
     config.load(tmp_path)
 
 

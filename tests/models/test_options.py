@@ -10,7 +10,7 @@ from compiled import jit
 
 from xlstm_jax.layers.compute import Compute
 from xlstm_jax.mixers import memory
-from xlstm_jax.models.config import ModelConfig, runs
+from xlstm_jax.models.config import ModelConfig, stacks
 from xlstm_jax.models.language_model import Definition
 
 FP64 = Compute("float64", "float64", mlstm_backend="recurrent")
@@ -103,12 +103,12 @@ def configuration(seed: int) -> ModelConfig:
 def blocks(params, cfg: ModelConfig) -> list:
   """The parameters of every block, first to last."""
   found = {}
-  for run in runs(cfg.kinds):
-    places = params["blocks"][str(run.start)]
-    for g in range(run.repeats):
-      for at, kind in enumerate(run.unit):
+  for stack in stacks(cfg.kinds):
+    places = params["blocks"][str(stack.start)]
+    for g in range(stack.repeats):
+      for at, kind in enumerate(stack.unit):
         stacked = places[f"{at}_{kind}"]
-        index = run.start + g * len(run.unit) + at
+        index = stack.start + g * len(stack.unit) + at
         found[index] = jax.tree.map(lambda x, g=g: x[g], stacked)
   return [found[index] for index in range(cfg.num_blocks)]
 

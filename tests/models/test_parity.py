@@ -17,7 +17,7 @@ import pytest
 from compiled import jit
 
 from xlstm_jax.mixers import memory
-from xlstm_jax.models.config import runs
+from xlstm_jax.models.config import stacks
 from xlstm_jax.models.language_model import Definition
 
 # Hugging Face casts logits to float32 before their cap of 30: one step there.
@@ -235,10 +235,10 @@ def stepping(name: str):
 
 def of_block(name: str, state, index: int):
   """The state of one block."""
-  for run in runs(golden.converted(name, "float64")[0].cfg.kinds):
-    g, at = divmod(index - run.start, len(run.unit))
-    if 0 <= g < run.repeats:
-      place = state[str(run.start)][f"{at}_{run.unit[at]}"]
+  for stack in stacks(golden.converted(name, "float64")[0].cfg.kinds):
+    g, at = divmod(index - stack.start, len(stack.unit))
+    if 0 <= g < stack.repeats:
+      place = state[str(stack.start)][f"{at}_{stack.unit[at]}"]
       return jax.tree.map(lambda x, g=g: np.asarray(x[g]), place)
   raise AssertionError(f"{name} has no block {index}")
 

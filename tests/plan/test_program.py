@@ -7,7 +7,7 @@ import types
 import jax
 import pytest
 
-from xlstm_jax.cells.mlstm import pallas_gpu
+from xlstm_jax.cells.hopper_gpus import device_refusal
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data.pipeline import DataConfig
 from xlstm_jax.errors import UserError
@@ -259,7 +259,7 @@ def test_kernels_are_for_the_devices_of_the_mesh(kind, reason):
   device = jax.sharding.AbstractDevice(kind, num_cores=132, platform="gpu")
   mesh = jax.sharding.AbstractMesh((8,), ("data",), abstract_device=device)
   with jax.sharding.use_abstract_mesh(mesh):
-    found = pallas_gpu.device_refusal()
+    found = device_refusal()
   assert found == reason or (reason and found and found.endswith(reason))
 
 

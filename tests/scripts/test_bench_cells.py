@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlstm_jax.cells.mlstm import pallas_gpu_blocks
-from xlstm_jax.cells.mlstm.pallas_gpu_blocks import Blocks
+from xlstm_jax.cells.mlstm.hopper import block_sizes
+from xlstm_jax.cells.mlstm.hopper.block_sizes import Blocks
 from xlstm_jax.errors import UserError
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "bench_cells.py"
@@ -27,6 +27,25 @@ def test_a_row_has_times_and_errors():
   assert result["peak_gib"] > 0
   text = SCRIPT_NAMES["line"]("1,256,2,16,32", "chunkwise-64", result)
   assert f"{result['forward']:.3f}" in text
+
+
+@pytest.mark.parametrize("cell", ["slstm", "lstm"])
+def test_a_row_of_a_recurrent_cell_has_times_and_errors(cell):
+  result = SCRIPT_NAMES["bench"](f"{cell}-recurrent", (2, 16, 2, 8))
+  assert min(result["forward"], result["both"]) > 0
+  assert set(result["errors"]) == {"y", "dx", "dR", "db"}
+  assert min(result["errors"].values()) > 1e-5
+  assert max(result["errors"].values()) < 1e-2  # bfloat16
+  assert result["peak_gib"] > 0
+
+
+def test_rows_go_with_shapes_of_their_cells():
+  assert SCRIPT_NAMES["cases_of"](
+    ["8,8192,8,256,512", "16,2048,4,192"], ["pallas_gpu", "lstm-recurrent"]
+  ) == [
+    ("pallas_gpu", "8,8192,8,256,512"),
+    ("lstm-recurrent", "16,2048,4,192"),
+  ]
 
 
 def test_memory_is_that_of_arguments_results_and_what_is_between():
@@ -69,7 +88,7 @@ def test_errors_are_of_what_a_function_depends_on():
   assert SCRIPT_NAMES["errors"](found, exact) == expected
 
 
-@pytest.mark.parametrize("shape", ["3,x", "1,2,3,4", "1,2,3,4,0"])
+@pytest.mark.parametrize("shape", ["3,x", "1,2,3", "1,2,3,4,0"])
 def test_a_shape_that_is_none_is_named(shape):
   with pytest.raises(UserError, match=f"--shape={shape} must be"):
     SCRIPT_NAMES["parsed"](shape)
@@ -79,6 +98,8 @@ def test_a_shape_that_is_none_is_named(shape):
   ("arguments", "message"),
   [
     (["--jobs=0"], "--jobs=0 must be at least 1"),
+    (["--row=cudnn", "--shape=1,2,3,4"], "takes such a shape"),
+    (["--tune", "--shape=1,2,3,4"], "takes such a shape"),
     (["--tune", "--row=cudnn"], "no --row and no --json"),
     (["--tune", "--json=table.json"], "no --row and no --json"),
   ],
@@ -120,9 +141,9 @@ def test_what_a_row_lacks_is_said():
 def table_file(tmp_path, monkeypatch):
   """A table of block sizes that stands in for the real one."""
   file = tmp_path / "table.json"
-  monkeypatch.setattr(pallas_gpu_blocks, "TABLE", file)
+  monkeypatch.setattr(block_sizes, "TABLE", file)
   monkeypatch.setattr(
-    pallas_gpu_blocks, "table", lambda: json.loads(file.read_text())
+    block_sizes, "table", lambda: json.loads(file.read_text())
   )
   return file
 

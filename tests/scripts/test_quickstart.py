@@ -51,8 +51,9 @@ def test_it_stops_where_a_step_fails(script, tmp_path, capfd):
 
 @pytest.mark.slow
 def test_the_whole_of_it_and_again(script, tmp_path, capfd, monkeypatch):
-  # One device, as on a newcomer's machine.
+  # One device and fast programs, as on a newcomer's machine.
   monkeypatch.delenv("XLA_FLAGS")
+  monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
   short = [
     "--config.steps=6",
     "--config.optim.warmup_steps=2",

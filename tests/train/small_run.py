@@ -68,13 +68,16 @@ def environment():
 def run(arguments, workdir, *more, limit_kib=None):
   """Runs the command to its end, with a limit on the size of files."""
   words = command(arguments, workdir, *more)
+  variables = environment()
   if limit_kib is not None:
     words = ["bash", "-c", f'ulimit -f {limit_kib}; exec "$@"', "-", *words]
+    # Programs would be written too, and warn.
+    variables["JAX_ENABLE_COMPILATION_CACHE"] = "false"
   return subprocess.run(
     words,
     capture_output=True,
     text=True,
-    env=environment(),
+    env=variables,
     timeout=PATIENCE,
     check=False,
   )

@@ -191,6 +191,7 @@ def short_run(tmp_path):
     compute=Compute(mlstm_backend=backend),
     batch_size=8,
     steps=steps,
+    compilation_cache=None,
   )
 
 

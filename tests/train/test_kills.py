@@ -32,7 +32,9 @@ def test_a_killed_run_is_the_same_bit_by_bit(kills, flags, tmp_path):
     capture_output=True,
     text=True,
     # One device, as the conftest's eight are this process's alone.
-    env=os.environ | {"XLA_FLAGS": ""},
+    # And no cache but the run's own, for a kill may damage it.
+    env=os.environ
+    | {"XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")},
     timeout=3600,
     check=False,
   )

@@ -88,9 +88,7 @@ def test_a_run_that_is_killed_and_continued_is_the_same_bit_by_bit(
   assert saved % 8 == 0
   # A limit on the size of files stands for a full disk.
   once = "--config.checkpoint.retries=0"
-  # Where compiling takes long, programs would be written too, and warn.
-  uncached = "--config.compilation_cache=none"
-  full = run(arguments, workdir, once, uncached, limit_kib=16)
+  full = run(arguments, workdir, once, limit_kib=16)
   assert full.returncode == 2
   assert full.stderr.startswith("error: A checkpoint could not be written")
   assert f"step {saved} is intact" in full.stderr

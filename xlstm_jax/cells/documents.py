@@ -1,8 +1,8 @@
-"""Which document every token belongs to, and what it may see.
+"""The document of every token, and what of the past it may see.
 
-Segment ids are int32, start at 1 and never decrease along the real tokens;
-0 is padding. The id of the last token travels in a cell's state: token 0
-continues the state if and only if the ids are equal.
+Segment ids are int32. They start at 1 and never decrease along the real tokens;
+0 is padding. A cell's state carries the id of its last token. Token 0 continues
+the state if and only if it has the same id.
 """
 
 from typing import NamedTuple
@@ -26,10 +26,10 @@ def documents(
   previous_B: Int[Array, "B"],
   time: int,
 ) -> Documents:
-  """Reads segment ids that follow a state whose last token had `previous_B`.
+  """Reads the segment ids after a state whose last token had `previous_B`.
 
-  Without ids every token is real and continues the state; an empty past
-  (id 0) is then left as document 1.
+  Without ids every token is real and continues the state. The state that
+  follows an empty past (id 0) then belongs to document 1.
   """
   if segments_BT is None:
     id_BT = jnp.broadcast_to(previous_B[:, None], (len(previous_B), time))

@@ -1,9 +1,9 @@
-"""The arithmetic of the cells: where they accumulate and what they multiply.
+"""The precision of the arithmetic inside the cells.
 
-Gates, their sums and exponents, stabilisers, normalisers and states are kept
-in the accumulator type. Only the operands of matrix products are in the type
-of the inputs, and what these products sum is again in the accumulator type,
-in the backward pass too.
+Gates, their sums and exponents, stabilisers, normalisers and states have the
+accumulator type. Only the operands of matrix products have the type of the
+inputs, and these products sum in the accumulator type. The same holds in the
+backward pass.
 """
 
 from functools import partial
@@ -19,9 +19,9 @@ def accumulator(dtype: DTypeLike) -> jnp.dtype:
 
 
 def multiplication(dtype: DTypeLike) -> jax.lax.Precision:
-  """How matrix products treat operands in `dtype`: as what they are.
+  """The precision with which matrix products keep operands in `dtype` exact.
 
-  By default accelerators round float32 operands to bfloat16 or TF32.
+  By default, accelerators round float32 operands to bfloat16 or TF32.
   """
   if dtype == accumulator(dtype):
     return jax.lax.Precision.HIGHEST
@@ -34,9 +34,9 @@ def product(
 ) -> Float[Array, "..."]:
   """`einsum` of two arrays with operands in `dtype` and a wider sum.
 
-  Every letter of `spec` stands in at least two of its three terms. Autodiff
-  of an einsum would multiply the wide cotangent by the narrow operand, in the
-  wide type; here the cotangent is an operand like any other.
+  Every letter of `spec` must stand in at least two of its three terms. Autodiff
+  of an einsum would multiply the wide cotangent by the narrow operand in the
+  wide type. Here the cotangent is rounded like any other operand.
   """
   return multiplied(spec, x, y, dtype)
 
@@ -49,11 +49,11 @@ def multiplied(
   *,
   parts: tuple[int, int] = (1, 1),
 ) -> Float[Array, "..."]:
-  """`product` without a gradient of its own, its operands in 1 or 2 parts.
+  """`product` with plain autodiff, and with operands in 1 or 2 parts.
 
-  An operand in two parts is the sum of two numbers in `dtype`, the second of
-  which is what rounding took from the first: of 16 bits where bfloat16 has 8.
-  Each part takes a product.
+  An operand in two parts is the sum of two numbers in `dtype`; the second is
+  what rounding took from the first. With bfloat16 that gives 16 bits instead of
+  8. Each part takes a product of its own.
   """
   wide = accumulator(dtype)
 
@@ -86,7 +86,7 @@ def multiplied(
 
 
 def _split(x, dtype: DTypeLike, count: int):
-  """At most `count` numbers of the precision of `dtype` that add up to x."""
+  """At most `count` arrays of the precision of `dtype` whose sum is x."""
   if x.dtype == dtype:
     return [x]
   parts = []
@@ -97,14 +97,14 @@ def _split(x, dtype: DTypeLike, count: int):
 
 
 def rounded(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
-  """Rounds to the precision of `dtype`, which a pair of casts need not do."""
+  """Rounds to the precision of `dtype`; XLA may drop a pair of casts."""
   to = jnp.finfo(dtype)
   return jax.lax.reduce_precision(x, to.nexp, to.nmant)
 
 
 def _product_forward(spec, x, y, dtype):
-  # The operands are kept as they are multiplied. An empty array remembers
-  # the type in which each came.
+  # The operands are kept in the type in which they are multiplied. An empty
+  # array remembers the type in which each one came.
   kept = (x.astype(dtype), y.astype(dtype), x[:0], y[:0])
   return product(spec, x, y, dtype), kept
 
@@ -129,9 +129,10 @@ def quotient(
 ) -> Float[Array, "*rows V"]:
   """A row divided by a number.
 
-  The numerator's cotangent is rounded to `dtype`, as an operand of the products
-  that made it, and the denominator's is made of the rounded numbers: where all
-  values are alike the two cancel, and what rounding takes has to cancel too.
+  The numerator's cotangent is rounded to `dtype`, because it is an operand of
+  the products that made the numerator. The denominator's cotangent is computed
+  from the rounded numbers. Where all values are alike the two cancel, and their
+  rounding errors have to cancel too.
   """
   del dtype
   return numerator_V / denominator[..., None]

@@ -1,7 +1,7 @@
 """Recurrences that feed their output back through a matrix per head.
 
-The sLSTM and the LSTM differ in their pointwise cell alone; the rest is here.
-With G gates, the output y and a matrix R of D by D numbers per gate and head,
+The sLSTM and the LSTM differ only in their pointwise cell; this module has the
+rest. With G gates, the output y, and a D by D matrix R per gate and head,
 
     raw_t = x_t + y_{t-1} R + b
 
@@ -21,22 +21,22 @@ from xlstm_jax.cells.documents import Documents, documents
 from xlstm_jax.cells.precision import accumulator, product
 from xlstm_jax.cells.varying import alike
 
-# The numbers of a state without its segment, y first: zeros are the past of
-# a document's first token.
+# The arrays of a state without its segment, y first. All zeros is the past of a
+# document's first token.
 Units = tuple[Float[Array, "B H D"], ...]
 Cell = Callable[[Float[Array, "B G H D"], Units], Units]
 
 
 class Shapes(NamedTuple):
-  """What a device computes of such a recurrence.
+  """Shapes and types that one device computes.
 
   Attributes:
     B: Rows.
     T: Tokens of a row.
     H: Heads.
     D: Units of a head.
-    dtype: Of the inputs' part of the gates.
-    matrix_dtype: Of R, and so of the operands of the product y R.
+    dtype: Type of the inputs' part of the gates.
+    matrix_dtype: Type of R, and so of the operands of the product y R.
   """
 
   B: int
@@ -59,9 +59,9 @@ def run(
 ) -> tuple[Float[Array, "B T H D"], Units, Int[Array, "B"]]:
   """Runs a cell over T tokens from a state of `units` and `segment_B`.
 
-  Returns y of every token (0 at padding) and the last units and segment.
-  Matrix products have operands in the type of R, all else is in the
-  accumulator type.
+  Returns y of every token (0 at padding), and the units and the segment after
+  the last one. Operands of matrix products have the type of R; everything else
+  has the accumulator type.
   """
   B, T, _, H, D = x_BTGHD.shape
   shapes = Shapes(B, T, H, D, str(x_BTGHD.dtype), str(R_GHDE.dtype))
@@ -90,9 +90,9 @@ def scan(
   tokens: Documents,
   units: Units,
 ) -> tuple[Float[Array, "B T H D"], Units]:
-  """The native form of such a recurrence: one token after the other.
+  """The native form of these recurrences: one token after the other.
 
-  Returns y of every token, of any value at padding, and the last units.
+  Returns y of every token (anything at padding), and the units after the last.
   """
   states = _states(
     cell,
@@ -106,10 +106,10 @@ def scan(
 
 
 def _scan(step, first, tokens, *, reverse: bool = False):
-  """`jax.lax.scan` in whose loop accelerators find 8 steps, CPUs one.
+  """`jax.lax.scan`, unrolled by 8 steps on accelerators and by 1 on CPUs.
 
-  On two busy CPU cores loops of 8 steps took 3.7 times as long to compile and
-  2.8 times as long to run backwards.
+  On two busy CPU cores, 8 steps took 3.7 times as long to compile and 2.8 times
+  as long to run backwards.
   """
 
   def scan(unroll: int, first, tokens):
@@ -158,11 +158,12 @@ def _states_forward(cell, x, R, b, real, start, units):
 
 
 def _states_backward(cell, kept, dstates):
-  """Only the way back through time is a scan.
+  """The gradient, in which only the way back through time is a scan.
 
-  It needs the gates of each step, which one product over all steps restores,
-  and yields their gradients, which one product turns into that of R. Autodiff
-  of the forward scan would add up the gradient of R step by step.
+  That scan needs the gates of every step, which one product over all steps
+  computes again. It yields their gradients, which one product turns into the
+  gradient of R. Autodiff of the forward scan would sum the gradient of R step
+  by step.
   """
   x, R, b, real, start, first, states = kept
   before = jax.tree.map(

@@ -1,7 +1,7 @@
-"""Whether a kernel computes on this device what the native form does.
+"""Compares a kernel with the native form on the device at hand.
 
 Kernels have been wrong on one generation of devices and right on the next, and
-in their gradients alone. So a run looks before its first step.
+wrong in their gradients alone. So a run compares before its first step.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from jaxtyping import Array, Float
 from xlstm_jax.cells.backends import Registry
 from xlstm_jax.errors import UserError
 
-# The tests hold kernels to twice the native error. Here no sound kernel may be
-# refused for the luck of one draw, and a wrong one is off by far more.
+# The tests hold kernels to twice the native error. This check must not refuse a
+# sound kernel for an unlucky draw, and a wrong kernel is off by far more.
 FACTOR = 16.0
-# What XLA would time on the GPU to make the native form fast, it does not need.
+# Without these XLA would time kernels on the GPU to make the native form fast.
 UNTUNED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 # Outputs and gradients by name.
@@ -25,12 +25,12 @@ Tensors = dict[str, jax.Array]
 
 
 class Finding(NamedTuple):
-  """The error of a tensor, root mean square of the worst row and head.
+  """Errors of a tensor: root mean squares of the worst row and head.
 
   Attributes:
-    kernel: of the kernel.
-    native: of the native form in the same types.
-    allowed: what the kernel's may be.
+    kernel: Error of the kernel.
+    native: Error of the native form in the same types.
+    allowed: Largest allowed error of the kernel.
   """
 
   kernel: float
@@ -49,20 +49,20 @@ def prepared(
 ) -> Callable[[], None]:
   """Compiles the comparison of a backend with the native form.
 
-  It computes nothing on the device, and so disturbs nothing there.
+  Compiling computes nothing on the device, so it disturbs nothing there.
 
   Args:
-    registry: The cell's.
-    backend: The name of one.
-    shape: Of the arrays, for messages.
-    dtype: Of the operands.
+    registry: The backends of the cell.
+    backend: The name of the backend to compare.
+    shape: Shape of the arrays, for messages.
+    dtype: Type of the operands.
     example: Draws the inputs.
-    tensors: `tensors(inputs, dtype, backend)`: outputs and gradients, each
-      with rows in dimension 0 and heads in dimension 2.
+    tensors: `tensors(inputs, dtype, backend)` returns outputs and gradients,
+      each with rows in dimension 0 and heads in dimension 2.
 
   Returns:
-    What compares values and gradients, and raises a `UserError` with the
-    figures if they disagree.
+    A function that compares values and gradients, and raises a `UserError` with
+    the figures if they disagree.
 
   Raises:
     UserError: The backend cannot compute this on the device.
@@ -122,7 +122,7 @@ def _judge(
 def _error(
   x: Float[Array, "B T H *"], truth: Float[Array, "B T H *"]
 ) -> Float[Array, ""]:
-  """Root mean square over time and channels, the worst of rows and heads."""
+  """Root mean square over time and channels, of the worst row and head."""
   squares = jnp.square(x.astype(jnp.float32) - truth.astype(jnp.float32))
   axes = (1, *range(3, squares.ndim))
   return jnp.sqrt(squares.mean(axes).max())

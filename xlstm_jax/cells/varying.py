@@ -1,22 +1,23 @@
-"""Arrays that vary over the same axes of a mesh, as loops want them."""
+"""Makes arrays vary over the same mesh axes, as loops in JAX require."""
 
 import jax
 
 
 def alike[*Trees](*trees: *Trees) -> tuple[*Trees]:
-  """`trees`, every array varying over all mesh axes over which any varies.
+  """`trees`, with every array varying over each mesh axis that any varies over.
 
-  Inside `jax.shard_map` JAX tells arrays that are the same on every device,
-  zeros for one, from others, and what a scan carries must not turn from the
-  one into the other. The gradient of an array that was the same is the sum
-  over the devices. Elsewhere, with `check_vma=False` too, this does nothing.
+  Inside `jax.shard_map`, JAX distinguishes arrays that are equal on every
+  device, such as zeros, from arrays that vary. A scan must not carry an array
+  that is one first and the other later. The gradient of an array that was equal
+  everywhere is the sum over the devices. Outside `jax.shard_map`, and with
+  `check_vma=False`, this function does nothing.
   """
   varying = frozenset().union(
     *(jax.typeof(x).mat.varying for x in jax.tree.leaves(trees))
   )
 
   def vary(x):
-    # Sorted, for every process has to make the same program.
+    # Sorted, because every process has to build the same program.
     missing = tuple(sorted(varying - jax.typeof(x).mat.varying))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 

@@ -1,8 +1,9 @@
 """The configuration of a run: its schema, its surface and its cross-checks.
 
-Dataclasses with their defaults stand beside what they configure; `RunConfig`
-assembles them. A user sees a locked, type-safe `ConfigDict` made from them, in
-experiment files and on the command line. One strict conversion leads back.
+Each part has a dataclass with defaults, beside the code that it configures;
+`RunConfig` assembles them. In experiment files and on the command line, a user
+sees a locked, type-safe `ConfigDict` made from them. One strict conversion
+leads back.
 """
 
 from xlstm_jax.config.checks import validate

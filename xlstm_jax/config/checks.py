@@ -1,4 +1,4 @@
-"""What the parts of a configuration demand of one another."""
+"""Checks of a configuration, and of its parts against one another."""
 
 import dataclasses
 import math
@@ -18,22 +18,22 @@ from xlstm_jax.ranges import range_of
 
 
 def validate(cfg: RunConfig, manifest: Manifest | None, devices: int) -> None:
-  """Checks what the parts of a configuration demand of one another.
+  """Checks a configuration, and its parts against one another.
 
   Args:
     cfg: the configuration.
-    manifest: of the first dataset; None where there is none yet.
-    devices: how many the mesh is to cover.
+    manifest: the first dataset's manifest; None if there is none yet.
+    devices: number of devices that the mesh is to cover.
 
   Raises:
-    UserError: names every problem, a sentence each.
+    UserError: something is wrong; a sentence names each problem.
   """
   out_of_range = list(_range_problems(cfg))
   problems = [
     *out_of_range,
     *_optim_problems(cfg),
     *_limit_problems(cfg),
-    # These divide by such numbers.
+    # These checks divide by the numbers that may be out of range.
     *(() if out_of_range else _mesh_problems(cfg, devices)),
     *_other_problems(cfg),
     *(_data_problems(cfg, manifest) if manifest is not None else ()),
@@ -228,7 +228,7 @@ def _time_problems(cfg: RunConfig, devices: int) -> Iterator[str]:
 
 
 def _multiple(value: int, unit: int) -> int:
-  """The multiple of `unit` nearest to `value`, but at least one."""
+  """The multiple of `unit` nearest to `value`, and at least `unit`."""
   return max(round(value / unit), 1) * unit
 
 

@@ -1,4 +1,4 @@
-"""Between the dataclasses and the ConfigDict that a user sees."""
+"""Converts between the dataclasses and the ConfigDict that a user sees."""
 
 import dataclasses
 import difflib
@@ -40,10 +40,11 @@ def _to_config_dict(node: Any) -> ConfigDict:
 
 
 def from_config_dict(values: ConfigDict) -> RunConfig:
-  """The strict way back; absent keys have their defaults.
+  """The inverse of `to_config_dict`; absent keys get their defaults.
 
   Raises:
-    UserError: an unknown key (names the nearest), or a value of a wrong type.
+    UserError: a key is unknown (the message names the nearest one), or a value
+      has a wrong type.
   """
   return from_mapping(RunConfig, values.to_dict())
 
@@ -68,7 +69,7 @@ def from_mapping(cls: type, values: Any, prefix: str = "") -> Any:
 
 
 def _checked(hint: Any, value: Any, path: str) -> Any:
-  """`value` as the type `hint` says, or a UserError."""
+  """`value` as the type `hint`; raises a UserError if it is no such value."""
   if dataclasses.is_dataclass(hint):
     return from_mapping(typing.cast(type, hint), value, f"{path}.")
   if is_optional(hint):
@@ -96,7 +97,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def describe(hint: Any) -> str:
-  """What a value of this type is, in words."""
+  """The values of this type, in words."""
   if typing.get_origin(hint) is Literal:
     return "one of " + ", ".join(map(repr, typing.get_args(hint)))
   if typing.get_origin(hint) is tuple:
@@ -137,7 +138,7 @@ def _python_type(hint: Any) -> type:
 
 
 def unknown_key(key: str) -> UserError:
-  """The error for a key that does not exist; names the nearest one."""
+  """The error for a key that does not exist, with the nearest key."""
   existing = list(keys(RunConfig))
   # A right name in the wrong section is nearer than a similar spelling.
   name = key.rsplit(".", 1)[-1]

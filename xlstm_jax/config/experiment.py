@@ -20,7 +20,7 @@ from xlstm_jax.config import conversion
 from xlstm_jax.config.run import RunConfig
 from xlstm_jax.errors import UserError, shown
 
-# What a dataclass says to a field that it does not have.
+# A dataclass's message about a field that it does not have.
 _UNKNOWN_FIELD = (
   r"(\w+)\.__init__\(\) got an unexpected keyword argument '(.*?)'"
 )
@@ -31,11 +31,11 @@ def from_experiment(path: str, overrides: Sequence[str] = ()) -> RunConfig:
 
   Args:
     path: FILE.py, or FILE.py:TEXT to call `get_config(TEXT)`.
-    overrides: such as "--config.optim.peak_lr=1e-3".
+    overrides: arguments such as "--config.optim.peak_lr=1e-3".
 
   Raises:
-    UserError: there is no such file, it has no `get_config`, or it or an
-      override names an unknown key or a value of a wrong type.
+    UserError: there is no such file, it has no `get_config`, or the file or an
+      override has an unknown key or a value of a wrong type.
   """
   values = _load_experiment(path)
   for key, arguments in _grouped(overrides).items():
@@ -44,9 +44,9 @@ def from_experiment(path: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _with_local_paths(cfg: RunConfig) -> RunConfig:
-  """The configuration with its paths as `paths.local` has them.
+  """The configuration with its paths expanded by `paths.local`.
 
-  The cache keeps its `~`: whoever evaluates the run has a home of their own.
+  The cache keeps its `~`, because another user may evaluate the run.
   """
 
   def checked(key: str, rule: Callable[[str], str], path: str) -> str:
@@ -102,13 +102,13 @@ def _load_experiment(path: str) -> ConfigDict:
 
 @contextlib.contextmanager
 def _explained(file: str) -> Iterator[None]:
-  """Within, a mistake in the experiment names its line."""
+  """In this context, a mistake in the experiment names its line."""
   try:
     yield
   except SyntaxError as error:
     raise UserError(f"{file}, line {error.lineno}: {error.msg}.") from error
   except (
-    # A wrong name or type, as a locked ConfigDict or a dataclass tells it.
+    # A wrong name or type, reported by a locked ConfigDict or a dataclass.
     AttributeError,
     KeyError,
     TypeError,
@@ -130,7 +130,7 @@ def _line_of(error: BaseException, file: str) -> str:
 
 
 def _sentence_of(error: BaseException) -> str:
-  """What is wrong, without a ConfigDict's dump of the whole section."""
+  """The message, without a ConfigDict's dump of the whole section."""
   text = str(error.args[0]) if error.args else repr(error)
   if match := re.search(_UNKNOWN_FIELD, text):
     section = _section_of(match[1])
@@ -146,7 +146,7 @@ def _sentence_of(error: BaseException) -> str:
 
 
 def _section_of(name: str) -> str | None:
-  """Where a config class stands in the configuration, such as "optim."."""
+  """The prefix of a config class in the configuration, such as "optim."."""
   return next(
     (prefix for prefix, cls in _sections(RunConfig) if cls.__name__ == name),
     None,
@@ -214,7 +214,7 @@ def _override(values: ConfigDict, key: str, arguments: list[str]) -> None:
 def _strings(key: str, argument: str) -> tuple[str, ...]:
   """The items of one argument: its text, or a tuple written as in Python.
 
-  Text is taken as it is, since names may hold spaces, commas and digits.
+  Text is taken literally, because names may hold spaces, commas and digits.
   """
   text = argument.partition("=")[2]
   if text[:1] not in ("(", "["):

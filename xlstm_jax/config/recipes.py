@@ -24,11 +24,12 @@ def slimpajama_15b(
   embeddings. Published by a third party: clipping at a global norm of 1.
 
   Args:
-    model: of `presets.paper`.
-    peak_lr: published for every size.
-    mesh: ours, as all below; they change memory and speed only.
+    model: a model of `presets.paper`.
+    peak_lr: peak learning rate, published for every size.
+    mesh: arrangement of the devices. This and the next two are ours; they
+      change memory and speed only.
     compute: precision, and what is recomputed.
-    accumulation: parts of a batch.
+    accumulation: number of parts of a batch.
   """
   return RunConfig(
     model=model,

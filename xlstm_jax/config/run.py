@@ -14,17 +14,17 @@ from xlstm_jax.sharding import MeshConfig
 class HealthConfig:
   """When a run goes back to its last good checkpoint.
 
-  It then continues behind the data that it had read since.
+  It then leaves out the data that it has read since that checkpoint.
 
   Attributes:
-    max_skipped: updates in a row that may be skipped because the loss or a
-      gradient is not finite; one more and the run goes back.
-    window: steps over which losses are averaged.
-    spike_deviations: standard deviations of the last window of losses by
-      which one may exceed their mean; None for any number.
-    rise_windows: a warning is given when the mean loss of a window exceeds
-      that of so many windows ago by three standard errors.
-    max_rollbacks: the run ends where it would go back more often.
+    max_skipped: How many updates in a row may be skipped because the loss or a
+      gradient is not finite. One more, and the run goes back.
+    window: Number of steps over which losses are averaged.
+    spike_deviations: How far a loss may exceed the mean of the last window, in
+      standard deviations of that window; None for any distance.
+    rise_windows: The run warns when the mean loss of a window exceeds that of
+      this many windows ago by three standard errors.
+    max_rollbacks: How often the run may go back. Once more, and it ends.
   """
 
   max_skipped: int = 8
@@ -36,17 +36,18 @@ class HealthConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LimitsConfig:
-  """Seconds that a run waits; then it ends itself, if it hangs with all stacks.
+  """Time limits of a run, in seconds; one that exceeds a limit ends itself.
 
   Attributes:
-    join_seconds: for the processes to find each other at the start.
-    heartbeat_seconds: for which a process may be silent before all others end.
-    start_seconds: for restoring, for compiling, and for the first batch.
-    step_seconds: for any other step, and for the data of one.
-    eval_seconds: for an evaluation.
-    save_seconds: for a checkpoint, as far as the run waits for it.
-    meet_seconds: for the processes to agree before they go back.
-    grace_seconds: between SIGTERM and the end of the process; what is not
+    join_seconds: Time for the processes to find each other at the start.
+    heartbeat_seconds: How long a process may be silent before all others end.
+    start_seconds: Time for restoring, for compiling, and for the first batch,
+      each.
+    step_seconds: Time for any other step, and for the data of one, each.
+    eval_seconds: Time for an evaluation.
+    save_seconds: Time for which the run may wait for a checkpoint.
+    meet_seconds: Time for the processes to agree before they go back.
+    grace_seconds: Time from SIGTERM to the end of the process. What is not
       saved by then is lost.
   """
 
@@ -65,33 +66,34 @@ class RunConfig:
   """Everything that defines a training run.
 
   Attributes:
-    model: what is trained.
-    data: on which tokens; its `context` is the length of a row.
-    optim: by which optimizer and schedule.
-    mesh: on which arrangement of devices.
-    compute: in which precision, and what is recomputed.
-    checkpoint: which checkpoints are kept.
-    health: what is a sick run, and how often it may go back.
-    limits: how long it may take for what.
-    steps: of the optimizer; also the length of the schedule.
-    batch_size: rows of a step, over all devices and accumulation parts.
-    accumulation: parts into which the rows of a step are divided, one after
-      the other; changes nothing but memory.
-    seed: of the initial parameters and of dropout.
-    log_every: steps between records of the metrics.
-    eval_every: steps between held-out evaluations; None for none. The last
-      step is then evaluated too.
-    eval_tokens: tokens of an evaluation at most; None for the whole split.
-    diagnose_every: steps between records of what rules the mLSTMs' memories;
-      None for none. The last step is then recorded too.
-    save_every: steps between checkpoints; the last step is always saved.
-    save_minutes: also save when the last checkpoint is older, at the next step
-      that is logged; None for no such limit.
-    init_from: workdir of another run whose newest parameters this one starts
-      from, with a fresh optimizer and schedule.
-    profile: first and last step of a profile in WORKDIR/profile; () for none.
-    loss_chunk: positions of every row whose logits exist at a time on a device.
-    compilation_cache: folder that keeps compiled programs; None for none.
+    model: The model that is trained.
+    data: The tokens that it reads; `context` is the length of a row.
+    optim: The optimizer and its schedule.
+    mesh: The arrangement of the devices.
+    compute: The precision, and what is recomputed.
+    checkpoint: Which checkpoints are kept.
+    health: When a run goes back to a checkpoint, and how often it may.
+    limits: How long each activity may take.
+    steps: Number of optimizer steps; also the length of the schedule.
+    batch_size: Rows of a step, over all devices and accumulation parts.
+    accumulation: Number of parts into which the rows of a step are divided, to
+      be computed one after the other. Changes memory and speed only.
+    seed: Seed of the initial parameters and of dropout.
+    log_every: Steps between records of the metrics.
+    eval_every: Steps between held-out evaluations; None for none. With a
+      number, the last step is evaluated too.
+    eval_tokens: Largest number of tokens of an evaluation; None for the whole
+      split.
+    diagnose_every: Steps between records of how few tokens dominate the mLSTMs'
+      memories; None for none. With a number, the last step is recorded too.
+    save_every: Steps between checkpoints. The last step is always saved.
+    save_minutes: A checkpoint is also saved at the next logged step once the
+      last one is older than this; None for no such limit.
+    init_from: Workdir of another run. This run starts from its newest
+      parameters, with a fresh optimizer and schedule.
+    profile: First and last step of a profile in WORKDIR/profile; () for none.
+    loss_chunk: Positions of every row whose logits exist at a time on a device.
+    compilation_cache: Folder that keeps compiled programs; None for none.
   """
 
   model: ModelConfig = ModelConfig()

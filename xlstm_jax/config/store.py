@@ -1,4 +1,4 @@
-"""The configuration in a workdir."""
+"""The configuration file of a workdir."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ CONFIG_FILE = "config.json"
 
 
 def save(workdir: epath.PathLike, cfg: RunConfig) -> None:
-  """Writes the resolved configuration; a reader sees the old or the new."""
+  """Writes the resolved configuration; readers see the old or the new file."""
   path = epath.Path(workdir) / CONFIG_FILE
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.parent / f".{CONFIG_FILE}.tmp"
@@ -33,7 +33,7 @@ def load(workdir: epath.PathLike) -> RunConfig:
   path = epath.Path(workdir) / CONFIG_FILE
   if not path.exists():
     raise UserError(
-      f"{workdir} is no workdir of a run: it has no {CONFIG_FILE}."
+      f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}."
     )
   values = files.parse_json(path.read_bytes(), Path(path))
   try:

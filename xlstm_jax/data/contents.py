@@ -1,7 +1,7 @@
 """What a file holds, by its first bytes: JSON lines, a text, or neither.
 
-A name decides only between the two that are read, and only where it is plain:
-.jsonl and the like are JSON lines, .json is never a text.
+A file's name decides only between the two that are read, and only if it is
+clear: .jsonl and the like are JSON lines, and .json is never a text.
 """
 
 import codecs
@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from xlstm_jax.data import json_lines, packings
 
-# The bytes that decide, after unpacking.
+# Number of bytes that decide, after unpacking.
 HEAD_BYTES = 2**20
 
 _LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson", ".jl")
-# For machines, and none of it is JSON lines or text: the first bytes, what that
-# is, and what to do with it.
+# Formats that are neither JSON lines nor text: the first bytes, the name, and
+# advice.
 _OTHERS = tuple(
   (re.compile(magic, re.DOTALL), f"{name}: {advice}")
   for magic, name, advice in (
@@ -58,7 +58,7 @@ _OTHERS = tuple(
 
 
 class Content(NamedTuple):
-  """Whether a file is read as JSON lines or one text, or why it cannot be."""
+  """Whether a file is read as JSON lines or as one text, or why as neither."""
 
   lines: bool
   problem: str | None = None
@@ -70,10 +70,10 @@ def recognize(
   """What a file holds.
 
   Args:
-    name: of the file.
-    packing: by its first bytes.
+    name: the file's name.
+    packing: the file's packing, by its first bytes.
     head: the first `HEAD_BYTES` after unpacking.
-    whole: whether that is all of it.
+    whole: whether `head` is the whole file.
   """
   lower = name.lower()
   named = packings.of_name(lower)
@@ -105,7 +105,7 @@ def _other_format(head: bytes) -> str | None:
 
 
 def _is_text(head: bytes) -> bool:
-  # Incremental: the head may end inside a character.
+  # An incremental decoder, because the head may end inside a character.
   try:
     text = codecs.getincrementaldecoder("utf-8")().decode(head)
   except UnicodeDecodeError:
@@ -114,7 +114,7 @@ def _is_text(head: bytes) -> bool:
 
 
 def _of_json(text: str, packing: packings.Packing | None) -> Content:
-  """What a .json file holds that does not begin as JSON lines do."""
+  """What a .json file holds that does not begin like JSON lines."""
   first = text.lstrip("\ufeff \t\r\n")[:1]
   if not first:
     return Content(lines=True)

@@ -1,9 +1,9 @@
-"""Reading documents: JSON lines and plain-text files, packed or not.
+"""Reads documents from JSON lines and plain-text files, packed or not.
 
-What a file is read as, its content decides (`contents`). Reading is a stream of
-pieces of bounded size, each with the place behind it, so that it can stop
-anywhere and go on from there. Pieces are cut into documents by `parse`, which
-other processes may run.
+A file's content decides how it is read (`contents`). Reading yields pieces of
+bounded size, each with the place where it ends, so it can stop after any piece
+and continue there. `parse` cuts pieces into documents; other processes may run
+it.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from xlstm_jax.data import contents, json_lines, packings
 from xlstm_jax.errors import UserError
 
 DEFAULT_SOURCE = "default"
-# Of the rules by which inputs are read. By the first, names alone decided.
+# Version of the rules by which inputs are read. In version 1 names decided.
 RULES = 2
 
 _CRC_BYTES = 2**22
 _MAGIC_BYTES = 16
 _EMPTY_FILE = "empty file"
 _BOM = b"\xef\xbb\xbf"
-# What the first rules read as JSON lines; all else was one text.
+# What version 1 of the rules read as JSON lines; all else was one text.
 _LINES_BEFORE = tuple(
   f"{suffix}{packed}"
   for suffix in (".jsonl", ".ndjson")
@@ -50,7 +50,7 @@ class Input:
 
 
 class Inputs(NamedTuple):
-  """The files to read, in order, and how many others were passed over."""
+  """The files to read, in order, and how many others were skipped."""
 
   files: list[Input]
   hidden: int
@@ -60,7 +60,7 @@ class Inputs(NamedTuple):
 class Place(NamedTuple):
   """How far the inputs were read: `line` lines and `offset` bytes of a file.
 
-  Offsets count decompressed bytes; `crc` is the CRC32 of all content so far.
+  Offsets count unpacked bytes; `crc` is the CRC32 of all content so far.
   """
 
   file: int = 0
@@ -72,9 +72,9 @@ class Place(NamedTuple):
 class Piece(NamedTuple):
   """Whole lines of one file, or one text; `problem` replaces unread data.
 
-  `line` numbers the first line from 1 and is 0 for a text or a whole file.
-  `end` is the place behind the piece, `raw` the bytes of the file read for it
-  so far.
+  `line` is the number of the first line, from 1; it is 0 for a text or a whole
+  file. `end` is the place where the piece ends, `raw` the number of bytes of
+  the file that were read up to there.
   """
 
   data: bytes
@@ -87,7 +87,7 @@ class Piece(NamedTuple):
 
 
 class Document(NamedTuple):
-  """The UTF-8 text of one document, and where it came from."""
+  """The UTF-8 text of one document, and where it comes from."""
 
   text: bytes
   source: str
@@ -104,12 +104,12 @@ class Problem(NamedTuple):
 
   @property
   def harmless(self) -> bool:
-    """Whether nothing was lost: an empty file has no text to lose."""
+    """Whether nothing was lost, as an empty file has no text to lose."""
     return self.reason == _EMPTY_FILE
 
 
 class Parsed(NamedTuple):
-  """What a piece held; `empty` counts the lines that hold no text to lose."""
+  """The content of a piece; `empty` counts the lines that have no text."""
 
   documents: list[Document]
   problems: list[Problem]
@@ -119,11 +119,11 @@ class Parsed(NamedTuple):
 def find(arguments: Sequence[str]) -> Inputs:
   """The files that `PATH` or `SOURCE=PATH` arguments name, folders sorted.
 
-  Hidden entries and symbolic links inside folders are passed over and counted.
+  Hidden entries and symbolic links inside folders are skipped and counted.
 
   Raises:
-    UserError: a path does not exist, is neither a file nor a folder, is given
-      twice, or no file is found.
+    UserError: a path does not exist, is neither a file nor a folder, or is
+      given twice; or no file is found.
   """
   found = Inputs([], 0, 0)
   for number, argument in enumerate(arguments):
@@ -135,7 +135,7 @@ def find(arguments: Sequence[str]) -> Inputs:
       found.files.append(_input(number, source, path, name))
   if not found.files:
     raise UserError(
-      f"There is no file to read in {', '.join(arguments)} (passed over: "
+      f"There is no file to read in {', '.join(arguments)} (skipped: "
       f"{found.hidden} hidden, {found.links} symbolic links)."
     )
   _refuse_duplicates(found.files)
@@ -160,9 +160,9 @@ def read(
 ) -> Iterator[Piece]:
   """The pieces of the inputs from a place on.
 
-  A piece has about `piece_bytes`, more only for a longer document. Lines and
-  texts over `max_document_bytes` are not kept: their piece states the problem,
-  as does that of a file that holds something else.
+  A piece has about `piece_bytes`, and more only for a longer document. Lines
+  and texts over `max_document_bytes` are not kept; their piece states the
+  problem. So does the piece of a file that holds something else.
 
   Raises:
     UserError: a file cannot be read, or JSON lines cannot be unpacked.
@@ -185,7 +185,7 @@ def read(
 def content_crc(
   inputs: Sequence[Input], place: Place, *, max_document_bytes: int
 ) -> int:
-  """The CRC32 that a reader has at `place`, from reading all again."""
+  """The CRC32 that a reader has at `place`, computed by reading all again."""
   crc = 0
   for number, one in enumerate(inputs[: place.file + 1]):
     left = place.offset if number == place.file else None
@@ -204,7 +204,7 @@ def content_crc(
 
 
 def read_otherwise(inputs: Sequence[Input]) -> Input | None:
-  """The first input that the rules before `RULES` read in another way."""
+  """The first input that version 1 of the rules read in another way."""
   for one in inputs:
     lower = one.path.lower()
     lines = lower.endswith(_LINES_BEFORE)
@@ -217,7 +217,7 @@ def read_otherwise(inputs: Sequence[Input]) -> Input | None:
 
 
 def parse(piece: Piece, *, max_document_bytes: int) -> Parsed:
-  """Cuts a piece into its documents and what cannot be one."""
+  """Cuts a piece into documents, and problems where there can be none."""
   if piece.problem:
     return Parsed([], [Problem(piece.file, piece.line, piece.problem)])
   if piece.line == 0:
@@ -246,8 +246,8 @@ def split_argument(argument: str) -> tuple[str, str]:
   """The source and the path of `PATH` or `SOURCE=PATH`.
 
   Raises:
-    UserError: there is nothing at the path, or it is none; the source has no
-      name that can be printed.
+    UserError: the path is invalid or nothing is there, or the source's name
+      cannot be printed.
   """
   name, separator, path = argument.partition("=")
   whole = paths.reachable(argument)
@@ -311,7 +311,7 @@ def _refuse_duplicates(inputs: Iterable[Input]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:
-  """A file being read: what it is, and what it holds."""
+  """A file that is being read, and what it holds."""
 
   one: Input
   file: BinaryIO
@@ -322,14 +322,16 @@ class _Opened:
 
   @property
   def whole(self) -> bool:
-    """Whether the head is all there is."""
+    """Whether the head is the whole content."""
     return len(self.head) < contents.HEAD_BYTES
 
   def parts(self, offset: int, size: int) -> Iterator[bytes]:
-    """The unpacked content from `offset` on, in parts of `size`; once.
+    """The unpacked content from `offset` on, in parts of `size`.
+
+    It can be read only once.
 
     Raises:
-      packings.UnreadableError: it cannot be unpacked.
+      packings.UnreadableError: the file cannot be unpacked.
       UserError: the file has changed.
     """
     if self.packing is None and not self.whole:
@@ -344,7 +346,7 @@ class _Opened:
 
 @contextlib.contextmanager
 def _opened(one: Input) -> Iterator[_Opened]:
-  """Opens a file and looks what it holds; within, failures name the file."""
+  """Opens a file and finds out what it holds; failures inside name the file."""
   try:
     with open(one.path, "rb") as file:
       packing = packings.of(file.read(_MAGIC_BYTES))
@@ -371,7 +373,7 @@ def _opened(one: Input) -> Iterator[_Opened]:
 
 
 def _head(parts: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
-  """At least `HEAD_BYTES` of a stream, if it has them, and what follows."""
+  """At least `HEAD_BYTES` of a stream, if it has that many, and the rest."""
   held, size = [], 0
   try:
     while (
@@ -392,7 +394,7 @@ def _raising(error: packings.UnreadableError) -> Iterator[bytes]:
 def _read_whole(
   file: _Opened, start: Place, max_document_bytes: int
 ) -> Iterator[Piece]:
-  """One text, or nothing where the file is empty or holds something else."""
+  """The piece of one text, or of a file that holds something else."""
   if start.line:
     return
   one, end = file.one, start._replace(line=1)
@@ -406,14 +408,14 @@ def _read_whole(
 
 
 def _text(file: _Opened, max_document_bytes: int) -> bytes | str:
-  """The content of a file, or why it is none."""
+  """The content of a file, or the reason why it cannot be read."""
   too_long = _too_long(max_document_bytes)
   if file.packing is None and file.one.size > max_document_bytes:
     return too_long
   most = file.one.size if file.packing is None else max_document_bytes
   parts, size = [], 0
   try:
-    # All at once, or more than there may be.
+    # In one part, or until there is more than allowed.
     for part in file.parts(0, most + 1):
       parts.append(part)
       size += len(part)
@@ -481,7 +483,7 @@ def _too_long(max_document_bytes: int) -> str:
 
 
 def _regrouped(parts: Iterable[bytes], size: int) -> Iterator[bytes]:
-  """The same bytes in parts of `size`, and a last one that may be empty."""
+  """The same bytes in parts of `size`, with a last part that may be empty."""
   held: list[bytes] = []
   count = 0
   for part in parts:
@@ -516,11 +518,11 @@ def _parse_text(piece: Piece) -> Parsed:
 def _decoded_lines(
   data: bytes, max_document_bytes: int
 ) -> Iterator[str | ValueError]:
-  """The lines as `json_lines` wants them; one that is too long as an error."""
+  """The lines, decoded for `json_lines`; one that is too long is an error."""
   data = data.removesuffix(b"\n")
   if len(data) <= max_document_bytes:
     with contextlib.suppress(UnicodeDecodeError):
-      # Not splitlines: JSON strings may hold the other line separators.
+      # splitlines would also cut at other separators, which JSON strings hold.
       return iter(data.decode().split("\n"))
   return (_decoded(line, max_document_bytes) for line in data.split(b"\n"))
 

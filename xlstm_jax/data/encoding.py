@@ -1,4 +1,4 @@
-"""From pieces of the inputs to encoded documents, in other processes."""
+"""Encodes pieces of the inputs as documents of tokens, in other processes."""
 
 import dataclasses
 import hashlib
@@ -19,10 +19,10 @@ _ENDS_INSIDE = "its text cannot be told from the end of a text"
 
 @dataclasses.dataclass(frozen=True)
 class EncodedSplit:
-  """Whole documents of one split: d1 E d2 E ... dn E, and an entry for each.
+  """Whole documents of one split: tokens d1 E d2 E ... dn E, and their entries.
 
-  `lengths` are without the end, `sources` index `Encoded.sources`, `sizes` are
-  UTF-8 bytes.
+  `lengths` do not count the end, `sources` are indices of `Encoded.sources`,
+  and `sizes` are UTF-8 bytes.
   """
 
   tokens: np.ndarray
@@ -33,9 +33,9 @@ class EncodedSplit:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-  """What became of some pieces; the place behind the last one is `end`.
+  """The encoded documents of some pieces; the last piece ends at `end`.
 
-  `sources` are in the order in which the documents name them first. `empty`
+  `sources` are in the order in which the documents first name them. `empty`
   counts the lines without text.
   """
 
@@ -108,7 +108,7 @@ class Encoder:
 
 
 def split_of(text: bytes, heldout_fraction: float) -> str:
-  """The split a document belongs to, by nothing but its UTF-8 text.
+  """The split of a document, which depends on its UTF-8 text alone.
 
   Equal texts share a split, and neither order nor file layout matters.
   """
@@ -120,15 +120,15 @@ def split_of(text: bytes, heldout_fraction: float) -> str:
 def start_worker(
   directory: Path, heldout_fraction: float, max_document_bytes: int
 ) -> None:
-  """Makes a process of the pool ready to `encode`.
+  """Prepares a process of the pool to `encode`.
 
-  `directory` holds the tokenizer, as `tokenizer.load` reads it.
+  `directory` holds the tokenizer for `tokenizer.load`.
   """
   global _encoder
-  # The terminal interrupts all processes; the first one decides what happens.
+  # The terminal interrupts all processes; the parent decides what happens.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   threading.Thread(target=_end_with_parent, daemon=True).start()
-  # The processes share the cores already.
+  # The processes already share the cores.
   os.environ["TOKENIZERS_PARALLELISM"] = "false"
   _encoder = Encoder(
     tokenizer.load(directory),
@@ -147,7 +147,7 @@ _encoder: Encoder | None = None
 
 
 def _end_with_parent() -> None:
-  # A killed parent closes no queue: without this its workers wait for ever.
+  # A killed parent closes no queue, so its workers would wait for ever.
   parent = parent_process()
   if parent:
     connection.wait([parent.sentinel])

@@ -1,7 +1,7 @@
-"""The files of a prepared dataset, and the strict reading of their headers.
+"""The files of a prepared dataset, and strict reading of their headers.
 
-A dataset is a folder: `manifest.json`, the tokenizer, and per shard a flat file
-of tokens and an index. docs/data_format.md describes every byte.
+A dataset is a folder with `manifest.json`, the tokenizer, and for each shard a
+flat file of tokens and an index. docs/data_format.md describes every byte.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ PROGRESS = "prepare.json"
 SKIPPED = "skipped.jsonl"
 SPLITS = ("train", "heldout")
 
-# A cold read of one window checks at most one block more on either side.
+# A cold read of one window checks at most one extra block on either side.
 BLOCK_BYTES = 16 * 1024
 DOCUMENT = np.dtype(
   [("start", "<u4"), ("length", "<u4"), ("source", "<u4"), ("bytes", "<u4")]
@@ -47,7 +47,7 @@ _SHARD_NAME = re.compile(r"(train|heldout)-\d{5,9}")
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-  """Documents, target tokens (an end each included) and UTF-8 bytes of text."""
+  """Documents, target tokens (ends included), and UTF-8 bytes of text."""
 
   documents: int = 0
   tokens: int = 0
@@ -73,7 +73,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerSpec:
-  """What identifies a tokenizer: equal hashes mean equal ids for any text."""
+  """The identity of a tokenizer: equal hashes mean equal ids for any text."""
 
   kind: str
   hash: str
@@ -95,10 +95,10 @@ class SplitManifest:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-  """What a prepared folder holds; written last, so its presence is the commit.
+  """What a prepared folder holds; it is written last, to commit the rest.
 
-  `origin` is for people and for recognising a rerun: settings, inputs and
-  skipped documents.
+  `origin` has settings, inputs and skipped documents, for people and to
+  recognise a rerun.
   """
 
   tokenizer: TokenizerSpec
@@ -112,7 +112,7 @@ class Manifest:
 
   @property
   def hash(self) -> str:
-    """SHA-256 of the content: changes whenever any shard does."""
+    """SHA-256 of the content, which changes whenever a shard does."""
     return _digest(_manifest_to_dict(self))
 
 
@@ -149,7 +149,7 @@ def index_header(shard: Shard, tokenizer: TokenizerSpec) -> bytes:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-  """Replaces `path` by `data`: after a crash it holds the old or the new."""
+  """Replaces the content of `path`; after a crash it is the old or the new."""
   temporary = path.with_name(f".{path.name}.tmp")
   try:
     with open(temporary, "wb") as file:
@@ -173,7 +173,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def read_regular_file(path: Path, *, limit: int) -> bytes:
-  """The bytes of a regular file of at most `limit` bytes, else a UserError."""
+  """The bytes of a regular file; a UserError if it has more than `limit`."""
   try:
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -188,7 +188,7 @@ def read_regular_file(path: Path, *, limit: int) -> bytes:
 
 
 def parse_json(data: bytes, path: Path) -> Any:
-  """JSON from outside; anything malformed is a UserError naming `path`."""
+  """Parses JSON from outside; a UserError names `path` if it is malformed."""
   try:
     return json.loads(data.decode("utf-8"))
   except (ValueError, RecursionError) as error:
@@ -196,7 +196,7 @@ def parse_json(data: bytes, path: Path) -> Any:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-  """Commits a dataset: from here on readers accept the folder."""
+  """Commits a dataset; from now on readers accept the folder."""
   content = _manifest_to_dict(manifest)
   text = json.dumps({**content, "hash": _digest(content)}, indent=1)
   write_atomically(directory / MANIFEST, f"{text}\n".encode())
@@ -205,10 +205,10 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
   """The manifest of a prepared folder.
 
-  Raises UserError where there is none, where preparation was interrupted, and
-  where it was altered.
+  Raises:
+    UserError: there is none, preparation was interrupted, or it was altered.
   """
-  # A path that cannot be reached is not one that holds nothing.
+  # A path that cannot be reached must not look like an empty one.
   paths.reachable(os.fspath(directory))
   path = Path(directory) / MANIFEST
   if not path.exists():
@@ -253,7 +253,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 class Fields:
-  """Typed access to a JSON object from outside; errors name the place."""
+  """Typed access to a JSON object from outside; errors name the field."""
 
   def __init__(self, value: Any, path: Path, place: str = ""):
     self._path = path
@@ -404,7 +404,7 @@ def shard_of(fields: Fields, split: str) -> Shard:
   return Shard(
     name=name,
     documents=documents,
-    # A document has at least its end.
+    # A document has at least its end-of-text token.
     tokens=fields.integer("tokens", documents, MAX_SHARD_TOKENS - 1),
     index_crc32=fields.integer("index_crc32", 0, 2**32 - 1),
   )

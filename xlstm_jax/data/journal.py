@@ -1,4 +1,4 @@
-"""How far a preparation got: what makes an interrupted one continue.
+"""How far a preparation got, so that an interrupted one can continue.
 
 `prepare.json` is replaced atomically, after everything that it counts was made
 durable. It stays beside the manifest, to recognise the command when it is run
@@ -24,17 +24,18 @@ class Journal:
   """The command, and how much of its work is done.
 
   Attributes:
-    settings: all that shapes the output, by the names of the options.
-    listing: identifies the inputs by name, size and time.
-    sizes: the same without the times.
-    tokenizer: the hash of the tokenizer; empty before it is trained.
-    place: how far the inputs were read.
-    sources: the names of the source ids.
-    splits: what is durable of each split.
-    skipped: documents that could not be read, as listed in `skipped.jsonl`.
-    empty_files: files without text.
-    empty_lines: lines of JSON lines without text.
-    rules: by which the inputs are read, see `documents.RULES`.
+    settings: Everything that shapes the output, by the names of the options.
+    listing: Hash of the inputs' names, sizes and times.
+    sizes: The same without the times.
+    tokenizer: Hash of the tokenizer; empty before it is trained.
+    place: How far the inputs were read.
+    sources: Names of the sources, in the order of their ids.
+    splits: How much of each split is durable.
+    skipped: Number of documents that could not be read, which `skipped.jsonl`
+      lists.
+    empty_files: Number of files without text.
+    empty_lines: Number of JSON lines without text.
+    rules: Version of the rules by which inputs are read (`documents.RULES`).
   """
 
   settings: dict[str, Any]
@@ -70,10 +71,10 @@ class Journal:
 
 
 def load(directory: Path) -> Journal | None:
-  """The journal of a folder, None where there is none.
+  """The journal of a folder; None if there is none.
 
   Raises:
-    UserError: it was altered or is of another version of this program.
+    UserError: it was altered, or another version of this program wrote it.
   """
   path = directory / files.PROGRESS
   if not path.exists():
@@ -100,7 +101,7 @@ def _from_fields(fields: files.Fields) -> Journal:
   if not all(type(name) is str for name in sources):
     raise fields.error("sources", "a list of names", sources)
   splits = fields.fields("splits")
-  # The first rules had no number and took empty lines for bad ones.
+  # Version 1 of the rules had no number and counted empty lines as bad.
   numbered = "rules" in fields.names()
   return Journal(
     settings=fields.get("settings", dict, "an object"),

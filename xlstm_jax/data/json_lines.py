@@ -1,8 +1,8 @@
-"""Lines of JSON that hold a document each: what counts is their text.
+"""Lines of JSON with a document each, of which only the text counts.
 
-Whatever else a line holds is metadata. None of it costs a document: long
-numbers, keys given twice, NaN, control characters, bytes that are not UTF-8 and
-any depth of nesting are all read over.
+Everything else in a line is metadata, and none of it costs a document: long
+numbers, duplicate keys, NaN, control characters, bytes that are not UTF-8 and
+any depth of nesting are ignored.
 """
 
 import contextlib
@@ -14,26 +14,26 @@ from xlstm_jax.data import format as files
 
 SOURCE_KEY = "redpajama_set_name"
 
-# Python refuses to make an integer of 4301 digits; nobody needs these numbers.
+# Python refuses integers of 4301 digits, and nobody needs these numbers.
 _DECODER = json.JSONDecoder(strict=False, parse_int=float)
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 # The text of a document is at depth 1, the name of its source at depth 2.
 _KEPT_DEPTH = 50
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-# What "surrogateescape" makes of bytes that are not UTF-8.
+# The characters that "surrogateescape" makes from bytes that are not UTF-8.
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 _TEXT_KEY = re.compile(r'"text"\s*:\s*"')
 
 
 def document(line: str, source: str) -> tuple[bytes, str] | None:
-  """The UTF-8 text of a line and its source, None where there is no text.
+  """The UTF-8 text of a line and its source; None if there is no text.
 
   Args:
-    line: decoded with "surrogateescape", for bytes that are not UTF-8.
-    source: of a document that names none, or none that can be one.
+    line: the line, decoded with "surrogateescape" for bytes that are not UTF-8.
+    source: the source of a document that names none, or no valid one.
 
   Raises:
-    ValueError: it has no text that can be read; `reason` makes words of it.
+    ValueError: the line has no readable text; `reason` says why in words.
   """
   line = line.lstrip("\ufeff")
   if not line or line.isspace():
@@ -54,7 +54,7 @@ def document(line: str, source: str) -> tuple[bytes, str] | None:
 
 
 def source_name(name: object) -> str:
-  """Checks the name of a source; raises ValueError saying what is wrong."""
+  """Checks the name of a source; a ValueError says what is wrong."""
   if not isinstance(name, str) or not name or not name.isprintable():
     raise ValueError(f"the source {str(name)[:40]!r} is not a printable name")
   if len(name) > files.MAX_SOURCE_NAME:
@@ -77,13 +77,14 @@ def reason(error: ValueError) -> str:
 def are_in(head: str, *, cut: bool, expected: bool) -> bool:
   """Whether a file is JSON lines, by its beginning.
 
-  It is if one of its first two lines is a JSON object: two, so that a broken
-  one does not decide. Where none is expected, the object must have a text, or
-  both must be objects: a single one may be a text of its own.
+  It is if one of its first two lines is a JSON object. Two lines are looked at,
+  so that a broken one does not decide. If the name does not say JSON, the
+  object must have a text, or both lines must be objects, because a single
+  object may be a text of its own.
 
   Args:
     head: the beginning of the file.
-    cut: whether the file goes on after it.
+    cut: whether the file continues after `head`.
     expected: whether the name says that it is JSON.
   """
   head = head.lstrip("\ufeff \t\r\n")
@@ -93,7 +94,7 @@ def are_in(head: str, *, cut: bool, expected: bool) -> bool:
   texts = []
   for line in lines:
     if cut and head.endswith(line):
-      # An object that long in one line is a line, and maybe the only one.
+      # Such a long object in one line is a JSON line, perhaps the only one.
       texts += [bool(_TEXT_KEY.search(line))] if line.startswith("{") else []
       continue
     with contextlib.suppress(ValueError):
@@ -126,7 +127,7 @@ def _flattened(line: str) -> str:
         kept = match.end()
       depth -= 1
   if depth >= _KEPT_DEPTH:
-    # It never ends, and so does not parse.
+    # The nesting never closes, so this does not parse.
     kept = len(line)
   return "".join((*parts, line[kept:]))
 
@@ -137,7 +138,7 @@ def _encoded(text: str, line: str) -> bytes:
   except UnicodeEncodeError:
     if _NOT_UTF8.search(text):
       _refuse_other_encodings(line)
-    # Half an emoji, where somebody cut a text: the rest can be read.
+    # Half an emoji, where somebody cut a text; the rest can be read.
     return _LONE_SURROGATE.sub("\ufffd", text).encode()
 
 

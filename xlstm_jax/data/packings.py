@@ -1,7 +1,7 @@
-"""Unpacking files as streams, whatever their names: gzip, zstd, xz, bzip2.
+"""Unpacks files as streams, whatever their names: gzip, zstd, xz, bzip2.
 
-A packing is known by its first bytes. All of them may hold several members,
-frames or streams, one after the other.
+A packing is recognised by its first bytes. A file of any packing may have
+several members, frames or streams, one after the other.
 """
 
 import bz2
@@ -12,10 +12,10 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 import zstandard
 
-# What is fed at once bounds what comes out at once: 4 bytes of zstd can hold a
-# block of 128 KiB, so here 128 MiB from a file made to do harm.
+# Bytes fed at a time, which bound the bytes that come out: 4 bytes of zstd can
+# hold a block of 128 KiB, so a malicious file yields 128 MiB at a time.
 _READ_BYTES = 4096
-# As zstd --long=31 makes them: memory is taken as the window fills.
+# The window of zstd --long=31; it takes memory only as it fills.
 _MAX_WINDOW_BYTES = 2**31
 
 
@@ -47,7 +47,7 @@ class Packing(NamedTuple):
 
 
 def _zstd() -> _Stream:
-  # Not `stream_reader`: it takes the end of a truncated file for the end.
+  # `stream_reader` would not notice that a file is truncated.
   return zstandard.ZstdDecompressor(
     max_window_size=_MAX_WINDOW_BYTES
   ).decompressobj()
@@ -64,7 +64,7 @@ PACKINGS = (
   Packing(
     "zstd",
     (".zst", ".zstd"),
-    # A frame, or one of those that hold no content, as pzstd begins with.
+    # A frame, or a frame without content, with which pzstd begins.
     (b"\x28\xb5\x2f\xfd", *(b"%c\x2a\x4d\x18" % n for n in range(0x50, 0x60))),
     "zstd -dc --long=31",
     _zstd,
@@ -113,14 +113,15 @@ def unpacked(file: BinaryIO, packing: Packing) -> Iterator[bytes]:
   """The content, in parts of bounded size, some of them empty.
 
   Raises:
-    UnreadableError: it is truncated, damaged, or asks for more than there is.
+    UnreadableError: the file is truncated or damaged, or takes more memory than
+      there is.
   """
   stream = None
   begun = False
   while data := file.read(_READ_BYTES):
     while data:
       if stream is None:
-        # Zeros may fill up the space between streams.
+        # Zeros may pad the space between streams.
         data = data.lstrip(b"\0") if begun else data
         if not data:
           break
@@ -131,7 +132,7 @@ def unpacked(file: BinaryIO, packing: Packing) -> Iterator[bytes]:
         zlib.error,
         zstandard.ZstdError,
         lzma.LZMAError,
-        # bzip2 has none of its own.
+        # bzip2 has no exception of its own.
         OSError,
         EOFError,
         MemoryError,

@@ -1,11 +1,12 @@
 """Token shards to batches, as a function of (seed, position).
 
-A grain `MapDataset` whose element n is a group of consecutive global batches,
-so that grain reads ahead with threads and starts anywhere at no cost. The order
-is drawn here and not by grain's own shuffle, and for many windows at once: per
-window that costs 10 us of Python (25 M tokens/s at 256 tokens, before anything
-is read), and an order that depends on grain's version would break a run that
-continues after an upgrade.
+A grain `MapDataset` has groups of consecutive global batches as its elements,
+so grain reads ahead with threads and starts anywhere at no cost.
+
+The order is computed here, not by grain's shuffle, and for many windows at
+once. grain's costs 10 us of Python per window (25 M tokens/s at 256 tokens,
+before anything is read). And an order that depends on grain's version would
+break a run that continues after an upgrade.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ Batch = dict[str, np.ndarray]
 
 # The mixing pattern repeats with this period: weights are exact to 1 / 2**17.
 _MIX_PERIOD = 2**16
-# Tokens of a group: handing an element from thread to thread costs as much as
+# Tokens of a group. Handing an element from thread to thread costs as much as
 # reading thousands of tokens.
 _GROUP_TOKENS = 2**17
 
@@ -34,20 +35,21 @@ class DataConfig:
   """Which tokens a run reads, and in which order.
 
   Attributes:
-    paths: folders that prepare wrote, all with the same tokenizer.
-    weights: shares of the windows drawn from each path, in any unit; None
-      draws each in proportion to its tokens.
-    context: input positions per window (T).
-    shuffle: draws the windows of every epoch in a new random order; otherwise
-      they come in stream order.
-    seed: of the shuffling.
-    threads: reading ahead; 0 reads in the caller.
-    prefetch: batches kept ready.
-    verify: when the checksums of the token blocks are checked, see
-      `shards.open_split`.
-    accept_changes: resumes a run although its datasets, their weights, the
-      context, the seed or the shuffling changed since its checkpoint, so that
-      tokens are read twice and others never; an error otherwise.
+    paths: Folders that prepare wrote, all with the same tokenizer.
+    weights: Shares of the windows drawn from each path, in any unit; None
+      draws from each in proportion to its tokens.
+    context: Input positions of a window (T).
+    shuffle: Whether every epoch draws the windows in a new random order;
+      otherwise they come in stream order.
+    seed: Seed of the shuffling.
+    threads: Number of threads that read ahead; 0 reads in the caller.
+    prefetch: Number of batches kept ready.
+    verify: When the checksums of token blocks are checked: when a split is
+      opened, at a block's first use, or, with "auto", at opening if the split
+      is smaller than 4 GiB and at first use otherwise.
+    accept_changes: Whether a run resumes although its datasets, their weights,
+      the context, the seed or the shuffling changed since its checkpoint. Some
+      tokens are then read twice and others never. Otherwise this is an error.
   """
 
   paths: tuple[str, ...] = ()
@@ -69,27 +71,27 @@ def batches(
   rows: np.ndarray | None = None,
   split: str = "train",
 ) -> Iterator[Batch]:
-  """Rows of the global batches number `position` and following.
+  """Rows of the global batches from number `position` on.
 
-  What a row holds depends on its number alone, so the global order is the same
-  for any number of hosts. The iterator never ends: an epoch follows another.
+  The content of a row depends only on its number, so the global order is the
+  same for any number of hosts. The iterator never ends; epoch follows epoch.
 
   Args:
-    cfg: which tokens, in which order.
+    cfg: which tokens are read, and in which order.
     batch_size: rows of a global batch.
     position: number of the first batch.
-    rows: numbers, from 0, of the rows that are read, in the order in which they
-      are yielded; None for all.
-    split: of the datasets.
+    rows: numbers, from 0, of the rows to read, in the order in which they are
+      yielded; None for all.
+    split: the split of the datasets.
 
   Yields:
-    {"inputs", "targets", "segments"}, int32 [B, T] each, B the number of rows
-    that are read; segments count the documents of a window from 1, and 0 is
-    padding, not a target.
+    {"inputs", "targets", "segments"}, int32 [B, T] each, with B the number of
+    rows that are read. Segments number the documents of a window from 1; 0 is
+    padding, which is no target.
 
   Raises:
-    UserError: for datasets that cannot be opened or do not share a tokenizer,
-      and (from the iterator) for a block that was altered.
+    UserError: datasets cannot be opened or do not share a tokenizer, or (from
+      the iterator) a block was altered.
   """
   if batch_size < 1:
     raise UserError(f"The batch size is {batch_size}; it must be at least 1.")
@@ -112,7 +114,7 @@ def batches(
 
 
 def _ungroup(groups: Iterator[Batch], rows: int, skip: int) -> Iterator[Batch]:
-  """The batches of the groups, without the first `skip`."""
+  """The batches of the groups, without the first `skip` of them."""
   for group in groups:
     for first in range(skip * rows, len(group["inputs"]), rows):
       yield {name: a[first : first + rows] for name, a in group.items()}
@@ -120,7 +122,7 @@ def _ungroup(groups: Iterator[Batch], rows: int, skip: int) -> Iterator[Batch]:
 
 
 def open_splits(cfg: DataConfig, *, split: str) -> list[shards.Split]:
-  """Opens the datasets of a config; a UserError unless they fit together."""
+  """Opens the datasets of a config; a UserError if they do not fit together."""
   if not cfg.paths:
     raise UserError("No dataset is given: set data.paths.")
   if cfg.context < 1:
@@ -168,7 +170,7 @@ class Windows:
     self._pattern, self._ranks, self._shares = mixing_pattern(weights)
 
   def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Datasets and the windows in them of these places in the sequence."""
+    """The datasets and their windows at these places of the sequence."""
     periods, phases = np.divmod(numbers, len(self._pattern))
     datasets = self._pattern[phases]
     draws = periods * self._shares[datasets] + self._ranks[phases]
@@ -179,7 +181,7 @@ class Windows:
     return datasets, windows
 
   def _order(self, dataset: int, count: int, draws: np.ndarray) -> np.ndarray:
-    """The windows of the given draws from a dataset, epoch after epoch."""
+    """The windows of these draws from a dataset, epoch after epoch."""
     epochs, places = np.divmod(draws, count)
     if not self._cfg.shuffle:
       return places
@@ -196,10 +198,10 @@ class Windows:
 
 
 class _Groups:
-  """grain's random access: element n is group n of this host's batches.
+  """Random access for grain: element n is group n of this host's batches.
 
-  `rows` are the row numbers of this host in the first global batch, `stride`
-  rows further on they are those in the second; a group has `batches`.
+  `rows` are this host's row numbers in the first global batch. Those in the
+  next batch are larger by `stride`. A group has `batches` batches.
   """
 
   def __init__(
@@ -225,15 +227,16 @@ def mixing_pattern(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """An evenly spread order of the datasets, repeated for ever.
 
-  Returns (pattern, ranks, shares), int64: the dataset at each place of one
-  period, how often it came before in the period, and its places per period.
+  Returns (pattern, ranks, shares), all int64: the dataset at each place of one
+  period, how often it came before in the period, and the number of places of
+  each dataset per period.
   """
   period = _MIX_PERIOD if len(weights) > 1 else 1
   exact = np.array(weights, np.float64)
   exact *= period / exact.sum()
   shares = np.maximum(np.floor(exact), 1).astype(np.int64)
-  # Largest remainders get what is left; a tiny dataset that was raised to one
-  # place takes it from the largest.
+  # The largest remainders get the places that are left. A tiny dataset that was
+  # raised to one place takes it from the largest dataset.
   for dataset in np.argsort(shares - exact, kind="stable"):
     if shares.sum() < period:
       shares[dataset] += 1
@@ -250,10 +253,10 @@ def mixing_pattern(
 def permute(places: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
   """A pseudo-random permutation of range(count), at the given places only.
 
-  A Feistel network over pairs (place // width, place % width), with width the
-  rounded up square root of count; the few pairs that are no place are walked
-  on until they are one (Black and Rogaway, "Ciphers with arbitrary finite
-  domains", 2002).
+  This is a Feistel network over pairs (place // width, place % width), with
+  width the square root of count, rounded up. The few results outside the range
+  are permuted again until they are inside (Black and Rogaway, "Ciphers with
+  arbitrary finite domains", 2002).
   """
   width = math.isqrt(count - 1) + 1
   height = -(-count // width)

@@ -1,8 +1,8 @@
-"""Reading a prepared split: one logical stream of tokens over all its shards.
+"""Reads a prepared split as one logical stream of tokens over all its shards.
 
-The stream is E d1 E d2 E ... dn E with E the end of text. Input position p has
-the token p + 1 as its target, so every token of every document and its end is
-a target exactly once.
+The stream is E d1 E d2 E ... dn E, with E the end of text. The target of input
+position p is token p + 1, so every token of every document, and every end, is a
+target exactly once.
 """
 
 import bisect
@@ -23,18 +23,18 @@ from xlstm_jax.errors import UserError
 
 Verify = Literal["auto", "opening", "first_use"]
 
-# Below this many bytes of tokens "auto" checks every block at opening: a few
-# seconds, against a surprise in the middle of a run.
+# Below this many bytes of tokens, "auto" checks every block at opening. This
+# takes a few seconds, and saves a surprise in the middle of a run.
 VERIFY_AT_OPENING_BYTES = 4 * 2**30
-# Of open files; the usual limit is 1024.
+# Number of files kept open; the usual limit is 1024.
 _OPEN_FILES = 256
 _ROWS_PER_CHECK = 2**20
 
 
 class Document(NamedTuple):
-  """One document: its end-of-text, its tokens, and the end-of-text after it.
+  """One document: the end-of-text before it, its tokens, and its own.
 
-  `source` indexes `Split.sources`; `bytes` is the UTF-8 size of its text.
+  `source` is an index of `Split.sources`, `bytes` the UTF-8 size of the text.
   """
 
   tokens: np.ndarray
@@ -43,10 +43,10 @@ class Document(NamedTuple):
 
 
 class _Column:
-  """Values of one type in a row in a file, read when they are asked for.
+  """Consecutive values of one type in a file, read when they are needed.
 
-  Not a memory map: a file that fails or shrinks under a map ends the process
-  by SIGBUS, and nobody learns which one it was.
+  This is no memory map. If a file fails or shrinks under a map, SIGBUS ends the
+  process, and nobody learns which file it was.
   """
 
   def __init__(self, path: Path, dtype: np.dtype, offset: int, count: int):
@@ -89,7 +89,7 @@ class _Column:
 
 
 class _ShardFiles:
-  """The files of one shard, with the record of what was checked."""
+  """The files of one shard, and which of their blocks were checked."""
 
   def __init__(self, directory: Path, shard: files.Shard, dtype: np.dtype):
     self.shard = shard
@@ -125,7 +125,7 @@ class _ShardFiles:
 class Split:
   """A split of a prepared dataset; made by `open_split`.
 
-  Thread-safe for reading. `tokens` counts targets: the stream has one entry
+  Reading is thread-safe. `tokens` counts targets; the stream has one entry
   more.
   """
 
@@ -143,8 +143,8 @@ class Split:
     self.tokens = split.total.tokens
     self.bytes = split.total.bytes
     self._shards = [_ShardFiles(directory, s, self.dtype) for s in split.shards]
-    # Stream offset of each shard's leading E, which is also the last entry of
-    # the shard before; and the number of its first document.
+    # For each shard, the stream offset of its leading E, which is also the last
+    # entry of the shard before; and the number of its first document.
     self._starts = _cumulative(s.tokens for s in split.shards)
     self._first_documents = _cumulative(s.documents for s in split.shards)
     cache = functools.lru_cache(maxsize=_OPEN_FILES)
@@ -154,12 +154,13 @@ class Split:
   def read(self, start: int, stop: int) -> np.ndarray:
     """Entries [start, stop) of the stream, 0 <= start <= stop <= tokens + 1.
 
-    Raises UserError where a file cannot be read, or a block that is used for
-    the first time was altered.
+    Raises:
+      UserError: a file cannot be read, or a block used for the first time was
+        altered.
     """
     if not 0 <= start <= stop <= self.tokens + 1:
       raise IndexError(f"[{start}, {stop}) of {self.tokens + 1} entries")
-    # The last entry of a shard is the first of the next: read it from either.
+    # The last entry of a shard is the first of the next; either can be read.
     first = min(_find(self._starts, start), len(self._shards) - 1)
     base = self._starts[first]
     if stop <= base + self._shards[first].entries:
@@ -170,7 +171,7 @@ class Split:
       end = min(stop, base + self._shards[first].entries)
       parts.append(self._read(first, start - base, end - base))
       start, first = end, first + 1
-    # Every further shard was entered behind its leading E, already read.
+    # Later shards were read from after their leading E, which was already read.
     return np.concatenate(parts)
 
   def _read(self, index: int, start: int, stop: int) -> np.ndarray:
@@ -187,8 +188,8 @@ class Split:
   def windows(self, numbers: np.ndarray, context: int) -> dict[str, np.ndarray]:
     """The windows with these numbers, as a batch of int32 arrays [B, T].
 
-    Returns "inputs", "targets" and "segments"; segments count the documents of
-    a window from 1, and 0 is padding behind the end of the stream.
+    Returns "inputs", "targets" and "segments". Segments number the documents of
+    a window from 1; 0 is padding after the end of the stream.
     """
     return read_windows([self] * len(numbers), numbers, context)
 
@@ -258,7 +259,7 @@ class Split:
       yield start, self.read(start, min(start + positions, self.tokens) + 1)
 
   def check(self) -> None:
-    """Checks every block not checked yet; raises UserError naming the file."""
+    """Checks all blocks not checked yet; a UserError names the bad file."""
     for index, shard in enumerate(self._shards):
       self._check_blocks(index, 0, shard.entries)
       self._check_borders(index)
@@ -286,13 +287,13 @@ class Split:
           f"the vocabulary has {self.vocab_size} ids."
         )
       shard.checked[block] = True
-    # Recounted rather than decremented: threads may check the same block.
+    # Recounted, not decremented, because two threads may check the same block.
     shard.unchecked = shard.blocks - int(np.count_nonzero(shard.checked))
 
   def _check_borders(self, index: int) -> None:
-    """The end-of-text tokens stand where the document table says, only there.
+    """Checks that end-of-text tokens stand exactly where the table says.
 
-    `segments` reads them from the tokens, so both must tell the same.
+    `segments` finds them in the tokens, so both must agree.
     """
     shard = self._shards[index]
     tokens = self._tokens_of(index)
@@ -302,7 +303,7 @@ class Split:
     for first in range(0, shard.entries, _ROWS_PER_CHECK):
       part = tokens[first : first + _ROWS_PER_CHECK]
       ends = np.flatnonzero(part == self.end_of_text) + first
-      # One stands before every document, and one at the end of all.
+      # One stands before every document, and one at the end.
       rows = table[found : min(found + len(ends), documents)]
       expected = rows["start"].astype(np.int64) - 1
       right = right and bool((ends[: len(rows)] == expected).all())
@@ -317,11 +318,11 @@ class Split:
 def open_split(
   directory: str | os.PathLike[str], split: str, *, verify: Verify = "auto"
 ) -> Split:
-  """Opens a split of a folder that prepare wrote, checking it.
+  """Opens and checks a split of a folder that prepare wrote.
 
-  The manifest, the file sizes and the indices are always checked here. The
-  token blocks are checked here too ("opening"), each at its first use
-  ("first_use"), or by size ("auto": here below 4 GiB).
+  The manifest, the file sizes and the indices are always checked here. Token
+  blocks are checked here too ("opening"), or each at its first use
+  ("first_use"); "auto" checks them here if they are smaller than 4 GiB.
 
   Raises:
     UserError: there is no such split, it is empty, or a file is missing,
@@ -357,11 +358,11 @@ def open_split(
 def read_windows(
   splits: Sequence[Split], numbers: np.ndarray, context: int
 ) -> dict[str, np.ndarray]:
-  """As `Split.windows`, from a split per window; all share a tokenizer."""
+  """Like `Split.windows`, with a split per window; all share a tokenizer."""
   starts_B = numbers * context
   stream_ends_B = np.array([split.tokens for split in splits])
   ends_B = np.minimum(starts_B + context, stream_ends_B)
-  # With the target behind the last input.
+  # One more than the inputs, for the last target.
   tokens_BT = np.zeros((len(numbers), context + 1), splits[0].dtype)
   for row, (split, start, end) in enumerate(
     zip(splits, starts_B.tolist(), ends_B.tolist(), strict=True)
@@ -385,10 +386,10 @@ def read_windows(
 def segments(inputs_BT: np.ndarray, end_of_text: int) -> np.ndarray:
   """Numbers the documents of each row from 1 (int32 [B, T]).
 
-  An end-of-text token opens the segment of the document behind it.
+  An end-of-text token opens the segment of the document after it.
   """
   opens_BT = inputs_BT == end_of_text
-  # A row that starts inside a document opens its segment all the same.
+  # A row that starts inside a document opens a segment as well.
   opens_BT[:, :1] = True
   return np.cumsum(opens_BT, axis=1, dtype=np.int32)
 
@@ -461,5 +462,5 @@ def _cumulative(sizes: Iterable[int]) -> list[int]:
 
 
 def _find(starts, position: int, key: Callable | None = None) -> int:
-  """Index of the last start that is <= position; reads few of a column."""
+  """Index of the last start <= position; reads only a few of a column."""
   return bisect.bisect_right(starts, position, key=key) - 1

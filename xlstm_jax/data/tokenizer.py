@@ -32,32 +32,33 @@ END_OF_TEXT_NAMES = (
   "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )
 _MAX_FILE_BYTES = 512 * 2**20
-# Encoding takes about 140 bytes a byte of text: longer texts are encoded in
-# windows of so many characters, which overlap.
+# Encoding takes about 140 bytes of memory per byte of text, so longer texts are
+# encoded in overlapping windows of this many characters.
 _WINDOW = 2**18
 _OVERLAP = 2**13
-# Tokens that must be the same on either side of where windows are joined.
+# Number of tokens that must agree on either side of where windows are joined.
 _SHARED = 32
-# Not \b, which takes the end of what is searched for an edge.
+# Not \b, which also matches at the end of the searched part.
 _WORD_EDGE = re.compile(r"(?<=\w)\W|(?<=\W)\w")
 
 
 class StreamDecoder:
   """Turns ids that arrive one by one into text, never half a character.
 
-  The text of `prompt`, what `feed` returns and the final `flush` add up to
-  `decode` of all ids, wherever the text of the first ids begins that of more.
-  It does not where a decoder spells bytes that are no character: then the ids
-  that arrived since the last text are shown as they are spelled alone.
+  The text of `prompt`, the results of `feed` and the final `flush` add up to
+  `decode` of all ids, if the text of the first ids is the beginning of the text
+  of more ids. It is not if a decoder spells out bytes that form no character.
+  Then the ids since the last text are shown as they decode on their own.
 
   Args:
-    tokenizer: of the ids.
+    tokenizer: the tokenizer of the ids.
     prompt: the ids before the first one that arrives.
   """
 
   def __init__(self, tokenizer: "Tokenizer", prompt: Iterable[int]):
     self._tokenizer = tokenizer
-    # The last ids that have a text alone, and the ids that are decoded along.
+    # The last ids that have text on their own, and the ids that are decoded
+    # together with new ones.
     self._anchor: list[int] = list(prompt)
     self._before = self._anchor
     self._text_before = tokenizer.decode(self._before)
@@ -70,13 +71,13 @@ class StreamDecoder:
     return "" if text.endswith("\ufffd") else self._show(text)
 
   def flush(self) -> str:
-    """What an unfinished character at the end is shown as."""
+    """The text that stands for an unfinished character at the end."""
     return self._show(self._new_text())
 
   def _new_text(self) -> str:
-    # What a token adds depends on where it stands: decoders strip spaces at the
-    # beginning, join pieces of words and drop repetitions. So it is decoded
-    # after the ids before it.
+    # The text that a token adds depends on its place, because decoders strip
+    # spaces at the beginning, join pieces of words and drop repetitions. So it
+    # is decoded after the ids before it.
     whole = self._tokenizer.decode(self._before + self._pending)
     if whole.startswith(self._text_before):
       return whole[len(self._text_before) :]
@@ -85,8 +86,8 @@ class StreamDecoder:
   def _show(self, text: str) -> str:
     if text:
       alone = self._tokenizer.decode(self._pending)
-      # What a decoder strips at the beginning of a text may be all that these
-      # ids have: alone they would leave more for it to strip.
+      # These ids may have nothing but what a decoder strips at the beginning of
+      # a text. Then the ids after them would be stripped as well.
       if alone:
         self._anchor = self._before = self._pending
       else:
@@ -97,7 +98,7 @@ class StreamDecoder:
 
 
 class Tokenizer(abc.ABC):
-  """Ids in [0, vocab_size); the end-of-text id never stands inside a text."""
+  """Ids in [0, vocab_size); the end-of-text id never occurs inside a text."""
 
   kind: str
   vocab_size: int
@@ -138,23 +139,23 @@ class Tokenizer(abc.ABC):
     """Encodes UTF-8 texts to (d1 E d2 E ... dn E, lengths without the E).
 
     A text whose ids cannot be kept free of E has length -1 and no tokens, not
-    even the E.
+    even an E.
     """
 
   @abc.abstractmethod
   def decode(self, tokens: Iterable[int]) -> str:
-    """The text of these ids; end-of-text has none, broken UTF-8 is U+FFFD."""
+    """The text of the ids; end-of-text adds nothing, broken UTF-8 is U+FFFD."""
 
   @abc.abstractmethod
   def plain_file(self) -> bytes:
-    """A `tokenizer.json` that gives the ids of `encode` wherever it is read."""
+    """A `tokenizer.json` with which every reader gets the ids of `encode`."""
 
   def stream(self, prompt: Iterable[int] | None = None) -> StreamDecoder:
     """A decoder for ids that arrive one by one.
 
     Args:
-      prompt: the ids before them, empty at the beginning of a text; None where
-        they are some text's, which ended with a word.
+      prompt: the ids before them, empty at the beginning of a text; None if
+        some text comes before them that ended with a word.
     """
     if prompt is None:
       tokens, lengths = self.encode_documents([b"a"])
@@ -168,7 +169,7 @@ class Tokenizer(abc.ABC):
 
 
 class ByteTokenizer(Tokenizer):
-  """The 256 byte values, and 256 for the end of text."""
+  """The 256 byte values, and id 256 for the end of text."""
 
   kind = "byte"
   vocab_size = 257
@@ -204,8 +205,8 @@ class ByteTokenizer(Tokenizer):
 class HuggingFaceTokenizer(Tokenizer):
   """A `tokenizer.json`, used for text only.
 
-  No special tokens are added, and the name of one inside a text is encoded as
-  the characters it is written with. Truncation and padding are switched off.
+  It adds no special tokens, and encodes the name of one inside a text by its
+  characters. Truncation and padding are switched off.
   """
 
   kind = "huggingface"
@@ -216,7 +217,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """Reads the bytes of `path`; `end_of_text` None looks for a known name.
 
     Raises:
-      UserError: not a tokenizer, or without a known end-of-text token.
+      UserError: the file is no tokenizer, or has no known end-of-text token.
     """
     self._data = data
     content = files.parse_json(data, path)
@@ -254,19 +255,19 @@ class HuggingFaceTokenizer(Tokenizer):
   def decode(self, tokens: Iterable[int]) -> str:
     kept = [int(t) for t in tokens if t != self.end_of_text]
     if not kept:
-      # Of no tokens at all, a decoder that strips at the end panics.
+      # A decoder that strips at the end panics if there are no tokens at all.
       return ""
     with _explained("the tokenizer failed on ids"):
       return self._tokenizer.decode(kept, skip_special_tokens=False)
 
   def plain_file(self) -> bytes:
-    """The file itself, where nothing in it is ignored here."""
+    """The file itself, if nothing in it is ignored here."""
     content = json.loads(self._data)
     plain = _as_special(content, self._end_of_text_name)
     plain |= {"truncation": None, "padding": None}
     if self._tokenizer.num_special_tokens_to_add(is_pair=False):
       plain["post_processor"] = None
-    # What is null, empty or missing is the same.
+    # Null, empty and missing mean the same.
     if _filled(plain) == _filled(content):
       return self._data
     return json.dumps(plain).encode()
@@ -292,12 +293,14 @@ class HuggingFaceTokenizer(Tokenizer):
   def _encode_long(self, text: str) -> np.ndarray:
     """The ids of a long text, in the memory that a window of it takes.
 
-    Windows overlap. What they share is encoded alone too: it has its beginning
-    in common with the second window, and its end with the first. In the middle
-    all three have the same tokens, and there the windows are joined, if a word
-    ends or begins behind that place: only there does the second window surely
-    no longer depend on where it began, as it does among digits that are taken
-    by threes. Where this fails, as in a word without end, the first one grows.
+    Windows overlap. Their overlap is also encoded on its own: it begins where
+    the second window does, and ends where the first does. In its middle all
+    three have the same tokens, and there the windows are joined.
+
+    A word must end or begin after that place. Otherwise the second window may
+    still depend on where it began, as it does among digits that are taken in
+    threes. If there is no such place, as in a word without end, the first
+    window grows.
     """
     parts: list[np.ndarray] = []
     start, end, begin = 0, _WINDOW, 0
@@ -317,7 +320,7 @@ class HuggingFaceTokenizer(Tokenizer):
       end = start + 2 * (end - start)
       [grown] = self._encode_whole([text[start:end]])
       if _equal(left, grown) < begin + _SHARED:
-        # What follows changes what was joined before: only the whole will do.
+        # The text that follows changes what was joined: encode the whole.
         return self._encode_whole([text])[0]
       left = grown
     return np.concatenate((*parts, left[begin:]))
@@ -330,10 +333,11 @@ class HuggingFaceTokenizer(Tokenizer):
     return ids, [start for start, _ in encoded.offsets]
 
   def _encode_apart(self, text: str) -> np.ndarray | None:
-    """Encodes a text in which the model sees the end-of-text token's name.
+    """Encodes a text in which the model finds the end-of-text token's name.
 
-    Unigram models know the name as an ordinary piece; every occurrence is cut
-    in two. None where that does not help, as where <unk> is the end of text.
+    Unigram models have the name as an ordinary piece, so every occurrence is
+    cut in two. The result is None if that does not help, for example because
+    <unk> is the end of text.
     """
     name = self._end_of_text_name
     pieces = text.split(name)
@@ -347,11 +351,11 @@ class HuggingFaceTokenizer(Tokenizer):
 def _shared_tokens(
   left: np.ndarray, shared: np.ndarray, right: np.ndarray
 ) -> tuple[int, int]:
-  """Tokens of `shared`: one in the middle, and the last, that all three have.
+  """Two tokens of `shared`, a middle one and the last, that all three have.
 
-  The ids are those of two windows and of their overlap. They are the same from
-  `_SHARED` tokens before the first of the two until as many behind the last;
-  that is before the first where there are none.
+  The arguments are the ids of two windows and of their overlap. They agree from
+  `_SHARED` tokens before the first result until as many after the last. If
+  there are no such tokens, the last result is before the first.
   """
   last = _equal(shared, right) - _SHARED
   first = len(shared) - _equal(shared[::-1], left[::-1]) + _SHARED
@@ -359,7 +363,7 @@ def _shared_tokens(
 
 
 def _equal(one: np.ndarray, other: np.ndarray) -> int:
-  """How many first entries are the same."""
+  """The number of leading entries that are the same."""
   size = min(len(one), len(other))
   differ = np.flatnonzero(one[:size] != other[:size])
   return int(differ[0]) if len(differ) else size
@@ -371,11 +375,11 @@ def load(
   """A tokenizer by name or place.
 
   `spec` is "byte", a `tokenizer.json`, or a folder: one that prepare or train
-  wrote, or any other with a `tokenizer.json` in it. `end_of_text` names the
-  end-of-text token where it is not one of the usual names.
+  wrote, or any other with a `tokenizer.json`. `end_of_text` names the
+  end-of-text token if it has none of the usual names.
 
   Raises:
-    UserError: there is none, it is malformed, or it was altered.
+    UserError: there is no tokenizer, it is malformed, or it was altered.
   """
   if spec == ByteTokenizer.kind:
     return ByteTokenizer()
@@ -394,10 +398,10 @@ def load(
 
 
 def train(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
-  """Trains a byte-level BPE; the same texts in the same order, the same result.
+  """Trains a byte-level BPE; the same texts in the same order give the same.
 
-  The vocabulary has the end-of-text token, the 256 byte values and merges; it
-  is smaller than `vocab_size` where the texts have too few distinct pairs.
+  The vocabulary has the end-of-text token, the 256 byte values and merges. It
+  is smaller than `vocab_size` if the texts have too few distinct pairs.
   """
   if not 257 <= vocab_size <= 2**20:
     raise UserError(
@@ -418,10 +422,10 @@ def train(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
 
 
 def training_parts(text: str) -> Iterator[str]:
-  """A long text in parts that train a tokenizer as the whole does.
+  """A long text in parts that train a tokenizer as the whole text does.
 
-  They end before a blank or a line end behind a word, where the trained
-  tokenizer always begins something new; a word without end is cut.
+  Parts end after a word, before a blank or a line end, where the trained
+  tokenizer always starts a new piece. A word without end is cut.
   """
   start = 0
   while len(text) - start > _WINDOW:
@@ -455,22 +459,22 @@ def _load_saved(directory: Path) -> Tokenizer:
 
 
 def build(content: Any, path: Path) -> tokenizers.Tokenizer:
-  """What `tokenizers` makes of a `tokenizer.json`; a UserError if nothing."""
+  """The tokenizer that a `tokenizer.json` defines; a UserError if none."""
   with _explained(f"{path} is not a usable tokenizer.json"):
     return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
 def name_of(tokenizer: tokenizers.Tokenizer, token: int) -> str | None:
-  """The name of an id, which may be any number; None where it has none."""
+  """The name of an id, which may be any number; None if it has none."""
   return tokenizer.id_to_token(token) if 0 <= token < 2**32 else None
 
 
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
-  """Around single calls into `tokenizers`, whose errors have no class.
+  """For single calls into `tokenizers`, whose errors have no class.
 
-  It raises a plain Exception for everything; a panic of its Rust code is a
-  BaseException that cannot be imported.
+  The package raises a plain Exception for everything. A panic of its Rust code
+  is a BaseException that cannot be imported.
   """
   try:
     yield
@@ -499,7 +503,7 @@ def _find_end_of_text(
 
 
 def _as_special(content: Any, name: str) -> Any:
-  """Marks the end-of-text token special: only those can be kept out of text."""
+  """Marks the end-of-text special, so that it can be kept out of text."""
   added = [
     {**token, "special": True} if token.get("content") == name else token
     for token in content.get("added_tokens") or []
@@ -512,7 +516,7 @@ def _filled(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _byte_chars() -> list[str]:
-  """The character that byte-level tokenizers write for each byte (GPT-2)."""
+  """The character with which byte-level tokenizers write each byte (GPT-2)."""
   shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
   others = iter(range(256, 512))
   return [chr(b if b in shown else next(others)) for b in range(256)]

@@ -1,8 +1,8 @@
-"""Writing shards: append, make durable, cut at a size, continue after a crash.
+"""Writes shards: append, make durable, cut at a size, continue after a crash.
 
-Files carry their final names from the start. What makes them count is the
-manifest, written last; until then a `SplitState` says how much of them is
-durable, and continuing truncates them to that.
+Files have their final names from the start, but they count only once the
+manifest is written, at the very end. Until then a `SplitState` says how much of
+them is durable, and continuing truncates them to that.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ _SHARD_FILE = re.compile(r"(train|heldout)-\d+\.(tokens|index)")
 
 @dataclasses.dataclass
 class SplitState:
-  """How much of a split is written: finished shards and the open one.
+  """How much of a split is written: the finished shards and the open one.
 
-  `open_entries` and `open_documents` are 0 where no shard is open. `counts` is
-  per source id.
+  `open_entries` and `open_documents` are 0 if no shard is open. `counts` has an
+  entry for each source id.
   """
 
   shards: list[files.Shard]
@@ -41,8 +41,8 @@ class SplitState:
 class SplitWriter:
   """Appends documents to the shards of a split, from where `state` ends.
 
-  A shard is closed behind the first document that takes it to `shard_entries`
-  entries, so the files depend on the documents and their order alone.
+  A shard is closed after the first document that takes it to `shard_entries`
+  entries, so the files depend only on the documents and their order.
   """
 
   def __init__(
@@ -76,8 +76,8 @@ class SplitWriter:
   ) -> None:
     """Appends whole documents.
 
-    `tokens` is d1 E d2 E ... dn E; `lengths` (without the end), `sources` (ids)
-    and `sizes` (UTF-8 bytes) have an entry a document.
+    `tokens` is d1 E d2 E ... dn E. `lengths` (without the end), `sources` (ids)
+    and `sizes` (UTF-8 bytes) have an entry for each document.
     """
     ends = np.cumsum(lengths.astype(np.int64) + 1)
     self._count(lengths, sources, sizes)
@@ -98,7 +98,7 @@ class SplitWriter:
         self._finish()
 
   def flush(self) -> SplitState:
-    """Makes everything appended durable and returns what describes it."""
+    """Makes everything that was appended durable; returns the state of it."""
     if self._open:
       self._open.flush()
     return SplitState(
@@ -159,7 +159,7 @@ class SplitWriter:
 
 
 class _OpenShard:
-  """The shard being written."""
+  """The shard that is being written."""
 
   def __init__(self, directory: Path, name: str, dtype: np.dtype):
     self.entries = 0
@@ -239,8 +239,8 @@ class _OpenShard:
     return dataclasses.replace(shard, index_crc32=crc)
 
   def close(self) -> None:
-    # Closing flushes, which on a full disk fails again: by then the error was
-    # reported and the bytes do not count.
+    # Closing flushes, which fails again on a full disk. By then the error was
+    # reported, and the bytes do not count.
     with contextlib.suppress(OSError):
       self._files.close()
 
@@ -256,7 +256,7 @@ class _OpenShard:
 
 
 class _BlockChecksums:
-  """CRC32 of every block of a file that grows by arbitrary pieces."""
+  """CRC32 of every block of a file that grows by pieces of any size."""
 
   def __init__(self):
     self._done: list[int] = []

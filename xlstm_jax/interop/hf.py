@@ -43,7 +43,7 @@ def open_checkpoint(
   """The model, the format and the tensors of a checkpoint folder.
 
   Raises:
-    UserError: it is none, or its model is not one of ours.
+    UserError: the folder is no checkpoint, or its model is not one of ours.
   """
   content = tensor_files.read_json(folder / CONFIG)
   cfg = large.model_config(content)
@@ -56,10 +56,11 @@ def open_checkpoint(
 
 
 def import_folder(source: pathlib.Path, target: pathlib.Path) -> ModelConfig:
-  """Makes the workdir `target` of the checkpoint folder `source`.
+  """Makes the workdir `target` from the checkpoint folder `source`.
 
   Raises:
-    UserError: `source` is damaged or not of our kind, or `target` is in use.
+    UserError: `source` is damaged or has another kind of model, or `target` is
+      in use.
   """
   cfg, form, stored = open_checkpoint(source)
   content = tensor_files.read_json(source / CONFIG)
@@ -89,15 +90,15 @@ def export_folder(
 
   Args:
     source: the workdir.
-    target: empty or missing.
-    step: of the checkpoint; None for the latest.
-    dtype: of the stored tensors; None for that of the imported ones, and
-      float32 where nothing was imported.
+    target: a folder that is empty or missing.
+    step: the checkpoint's step; None for the latest.
+    dtype: dtype of the stored tensors; None for that of the imported ones, or
+      float32 if nothing was imported.
     weight_mode: whether joint projections are one tensor.
-    max_shard_bytes: see `tensor_files.write_folder`.
+    max_shard_bytes: as for `tensor_files.write_folder`.
 
   Returns:
-    What goes wrong in transformers with this model, a sentence each.
+    A sentence for each thing that transformers does wrong with this model.
 
   Raises:
     UserError: the format cannot express the model, or `target` is in use.
@@ -162,11 +163,11 @@ def _has_imported_tokenizer(
   tokenizer: tokenizers.Tokenizer | None,
   content: Mapping[str, Any],
 ) -> bool:
-  """Whether a workdir has the tokenizer, or lack of one, of its import."""
+  """Whether a workdir still has its import's tokenizer, or still has none."""
   if "tokenizer" in kept.values:
     hash = None if tokenizer is None else tokenizer.hash
     return kept.values["tokenizer"] == hash
-  # Imports did not always say.
+  # Older imports did not record it.
   return tokenizer is None or (
     tokenizer.end_of_text == large.end_of_text(content)
   )
@@ -177,7 +178,7 @@ def _kept(
   content: Mapping[str, Any],
   stored: Mapping[str, StoredTensor],
 ) -> dict[str, Any]:
-  """What an export of the workdir says again, beside the model."""
+  """What an export of the workdir writes again, apart from the model."""
   kept: dict[str, Any] = {"options": large.kept_options(content)}
   dtypes = {found.spec.dtype for found in stored.values()}
   for name, dtype in _DTYPES.items():
@@ -203,9 +204,9 @@ def write_tensors(
     target: an existing folder.
     cfg: a model that the format can express.
     params: its parameters.
-    dtype: of the stored tensors.
+    dtype: dtype of the stored tensors.
     weight_mode: whether joint projections are one tensor.
-    max_shard_bytes: see `tensor_files.write_folder`.
+    max_shard_bytes: as for `tensor_files.write_folder`.
   """
   form = large.tensor_format(weight_mode=weight_mode)
   tied = cfg.tie_embeddings
@@ -227,16 +228,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
   """The command line."""
   parser = argparse.ArgumentParser(
     prog="python -m xlstm_jax.interop.hf",
-    description="Moves models from and to Hugging Face checkpoint folders "
-    "(xLSTMForCausalLM; import reads NX-AI's xlstm_large too).",
+    description="Imports models from, and exports them to, Hugging Face "
+    "checkpoint folders (xLSTMForCausalLM; import reads NX-AI's xlstm_large "
+    "too).",
   )
   commands = parser.add_subparsers(dest="command", required=True)
   add = commands.add_parser(
     "import",
-    help="make a workdir of a checkpoint folder",
+    help="make a workdir from a checkpoint folder",
     description="Reads config.json and model.safetensors (or its shards and "
-    "index) and writes a workdir for evaluate, generate and init_from. "
-    "The tokenizer is taken along.",
+    "index) and writes a workdir for evaluate, generate and init_from, with "
+    "the tokenizer.",
   )
   add.add_argument(
     "--input",
@@ -252,7 +254,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
   )
   add = commands.add_parser(
     "export",
-    help="make a checkpoint folder of a workdir",
+    help="make a checkpoint folder from a workdir",
     description="Writes config.json, the parameters as safetensors, and the "
     "workdir's tokenizer; says on stderr what transformers does wrong.",
   )
@@ -260,7 +262,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     "--workdir",
     type=paths.argument(paths.reachable),
     required=True,
-    help="of a run",
+    help="the workdir of a run or of an import",
   )
   add.add_argument(
     "--output",
@@ -269,24 +271,24 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     help="a new or empty folder for the checkpoint",
   )
   add.add_argument(
-    "--step", type=int, help="of the checkpoint; the latest by default"
+    "--step", type=int, help="the checkpoint's step (default: the latest)"
   )
   add.add_argument(
     "--dtype",
     choices=list(_DTYPES),
-    help="of the stored tensors (default: what an imported folder had, else "
-    "float32)",
+    help="dtype of the stored tensors (default: that of the imported folder, "
+    "or float32)",
   )
   add.add_argument(
     "--weight-mode",
     choices=["single", "fused"],
     default="single",
-    help="store joint projections apart or stacked (default: %(default)s)",
+    help="store joint projections separately or stacked (default: %(default)s)",
   )
   add.add_argument(
     "--max-shard-size",
     default="5GB",
-    help="of a file, such as 500MB (default: %(default)s)",
+    help="largest size of a file, such as 500MB (default: %(default)s)",
   )
   return parser.parse_args(argv)
 
@@ -295,7 +297,7 @@ def parse_size(text: str) -> int:
   """Bytes of a size such as "5GB" or "1000".
 
   Raises:
-    UserError: it is none.
+    UserError: the text is no size.
   """
   match = re.fullmatch(r"(\d+)(KB|MB|GB|)", text.upper())
   if not match or int(match[1]) == 0:

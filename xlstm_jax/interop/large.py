@@ -21,8 +21,8 @@ EMBEDDING = "backbone.embeddings.weight"
 HEAD = "lm_head.weight"
 _XLSTM_LARGE_EMBEDDING = "embedding.weight"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# How the reference runs a model. These are its defaults, whose kernels it has
-# on every machine.
+# How the reference runs a model: its defaults, with kernels that it has on
+# every machine.
 _RUNTIME = {
   "chunkwise_kernel": "chunkwise--native_autograd",
   "sequence_kernel": "native_sequence__native",
@@ -52,7 +52,7 @@ _BLOCK = (
   tensor("ffn.proj_down.bias", "D -> D", "feedforward.down.bias"),
 )
 
-# What weight_mode "fused" stacks in one tensor, and "single" does not.
+# The tensors that weight_mode "fused" stacks, with the parts of "single".
 _JOINT = {
   "mlstm_layer.qkv_opreact.weight": {
     "mlstm_layer.q.weight": Part("HK D -> DHK", "mixer.q.weight"),
@@ -117,22 +117,22 @@ def tensor_format(
 
 
 def embedding_name(stored: Container[str]) -> str:
-  """The embedding's name in a checkpoint, by which the formats differ."""
+  """The embedding's name in a checkpoint, in which the formats differ."""
   if _XLSTM_LARGE_EMBEDDING in stored:
     return _XLSTM_LARGE_EMBEDDING
   return EMBEDDING
 
 
 def model_config(content: Mapping[str, Any]) -> ModelConfig:
-  """The model of a `config.json`, of either format.
+  """The model of a `config.json`, in either format.
 
-  Hugging Face's says `"model_type": "xlstm"`; it always norms the last block's
-  output, by weight alone, and never ties the embeddings, whatever its
-  configuration says.
+  Hugging Face's says `"model_type": "xlstm"`. Its model always norms the last
+  block's output, with a weight but no bias, and never ties the embeddings,
+  whatever its configuration says.
 
   Raises:
-    UserError: an option is missing, has another type, or asks for what
-      these models do not have.
+    UserError: an option is missing, has another type, or asks for something
+      that these models do not have.
   """
   options = Options(content)
   hugging_face = options.has("model_type")
@@ -192,15 +192,15 @@ def token_ids(content: Mapping[str, Any], name: str) -> list[int]:
 
 
 def end_of_text(content: Mapping[str, Any]) -> int | None:
-  """The id that a `config.json` says ends a text; of several, the first."""
+  """The id that ends a text, by a `config.json`; the first of several."""
   return next(iter(token_ids(content, "eos_token_id")), None)
 
 
 def cache_fault(cfg: ModelConfig) -> str | None:
-  """What is wrong with the cache of transformers for a model; None for nothing.
+  """What is wrong with transformers' cache for a model; None if nothing is.
 
-  It is sized with the channels of q and k, and of v, rounded up to multiples of
-  64; the layers are not.
+  The cache is allocated with the channels of q and k, and of v, rounded up to
+  multiples of 64. The layers are not rounded.
   """
   mixer, width = cfg.mlstm_large, cfg.width
   theirs = tuple(
@@ -218,7 +218,7 @@ def cache_fault(cfg: ModelConfig) -> str | None:
 
 
 def kept_options(content: Mapping[str, Any]) -> dict[str, Any] | None:
-  """What a `config.json` says beside the model; None of NX-AI's format."""
+  """The options of a `config.json` apart from the model; None if NX-AI's."""
   if not Options(content).has("model_type"):
     return None
   names = (*_RUNTIME, KERNEL_DTYPE, *TOKEN_IDS)
@@ -237,9 +237,9 @@ def hugging_face_config(
   Args:
     cfg: the model.
     weight_mode: whether joint projections are one tensor.
-    dtype: of the stored tensors.
-    kept: what else it says, from `kept_options`; None for upstream's
-      defaults and no special tokens.
+    dtype: dtype of the stored tensors.
+    kept: the other options, from `kept_options`; None for upstream's defaults
+      and no special tokens.
 
   Raises:
     UserError: `xLSTMForCausalLM` cannot express the model; the message names
@@ -277,7 +277,7 @@ def hugging_face_config(
 
 
 def _refuse_sigmoid_gates(options: Options) -> None:
-  """The reference's kernels are named after the cell that they compute."""
+  """Refuses kernels of another cell, which their names tell."""
   for name, value in options.values.items():
     if "kernel" in name and isinstance(value, str) and "siging" in value:
       raise UserError(
@@ -288,7 +288,7 @@ def _refuse_sigmoid_gates(options: Options) -> None:
 
 
 def _size(options, name, alias, default, hugging_face) -> int:
-  """A size that two options may give."""
+  """A size that either of two options may give."""
   given = {
     n: options.integer(n, minimum=1) for n in (name, alias) if options.has(n)
   }
@@ -305,7 +305,7 @@ def _size(options, name, alias, default, hugging_face) -> int:
 def their_factor(feedforward: FeedForwardConfig, width: int) -> float:
   """A factor that their rounding turns into our number of hidden units."""
   hidden = feedforward.hidden(width)
-  # The last one stands clear of float errors, should the plain ratio not.
+  # If float errors spoil the plain ratio, the last one keeps clear of them.
   for factor in (feedforward.factor, hidden / width, (hidden + 0.5) / width):
     theirs = dataclasses.replace(feedforward, factor=factor, rounding="floor")
     if theirs.hidden(width) == hidden:

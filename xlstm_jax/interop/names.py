@@ -1,8 +1,8 @@
 """Maps between the tensors of a checkpoint format and our parameters.
 
-A format is a table of `Tensor`s: its names, and where and in which layout our
-parameters hold the values. The same table serves import and export, and the
-shapes follow from our parameters, so that it states names and layouts alone.
+A format is a table of `Tensor`s. It has the names, and says where and in which
+layout our parameters hold the values. The same table serves import and export.
+Shapes follow from our parameters, so the table states only names and layouts.
 """
 
 import collections
@@ -16,10 +16,10 @@ import numpy as np
 
 from xlstm_jax.errors import UserError
 from xlstm_jax.interop.tensor_files import Spec, StoredTensor, listing
-from xlstm_jax.models.config import ModelConfig, runs
+from xlstm_jax.models.config import ModelConfig, stacks
 
 ALL = slice(None)
-# Of arrays on CPU devices, in bytes.
+# Alignment of arrays on CPU devices, in bytes.
 _ALIGNMENT = 64
 Index = tuple[int | slice, ...]
 Path = tuple[str, ...]
@@ -27,14 +27,14 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """Rows of a checkpoint's tensor, and the part of a parameter they are.
+  """Rows of a checkpoint's tensor, and the part of a parameter that they hold.
 
   Attributes:
-    layout: "stored -> ours": the stored dimensions, each the product of some
-      of our dimensions' letters ("1" for a dimension of size one), and our
-      dimensions. "HK D -> DHK" stores a [D, H, K] parameter as [H K, D].
-    parameter: path with dots; in a block's table relative to the block.
-    at: which part of the parameter; all of it by default.
+    layout: "stored -> ours": the stored dimensions, and ours. A stored
+      dimension is a product of letters of our dimensions, or "1" for size one.
+      "HK D -> DHK" stores a [D, H, K] parameter as [H K, D].
+    parameter: Path with dots; in a block's table, relative to the block.
+    at: Which part of the parameter; all of it by default.
   """
 
   layout: str
@@ -44,23 +44,23 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """A checkpoint's tensor: parts stacked along its first dimension."""
+  """A tensor of a checkpoint: parts stacked along its first dimension."""
 
   name: str
   parts: tuple[Part, ...]
 
 
 def tensor(name: str, layout: str, parameter: str, at: Index = ()) -> Tensor:
-  """A tensor that is one part of one parameter."""
+  """A tensor that holds one part of one parameter."""
   return Tensor(name, (Part(layout, parameter, at),))
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-  """Tensors of a format: outside the blocks, and of a block of each kind.
+  """The tensors of a format: outside the blocks, and in a block of each kind.
 
-  It lists what the format can hold; of that a checkpoint has what the model
-  has parameters for. `{}` in `block_prefix` is a block's index.
+  It lists all that the format can hold. A checkpoint has those for which the
+  model has parameters. `{}` in `block_prefix` is a block's index.
   """
 
   model: tuple[Tensor, ...]
@@ -73,12 +73,12 @@ class Piece:
   """A `Part` with its shapes: rows of a tensor, and the place they go to.
 
   Attributes:
-    rows: of the stored tensor's first dimension.
-    dims: sizes of our dimensions in the stored order.
-    order: takes those to our order.
-    stored: shape of the rows.
-    path: of the parameter in the tree.
-    at: for every dimension of the parameter an index or `ALL`.
+    rows: Rows along the stored tensor's first dimension.
+    dims: Sizes of our dimensions, in the stored order.
+    order: Permutation from the stored order to ours.
+    stored: Shape of the rows.
+    path: Path of the parameter in the tree.
+    at: An index or `ALL` for every dimension of the parameter.
   """
 
   rows: slice
@@ -89,11 +89,11 @@ class Piece:
   at: Index
 
   def ours(self, stored: np.ndarray) -> np.ndarray:
-    """The tensor's rows as they lie in our parameter, as a view."""
+    """The tensor's rows in our layout, as a view."""
     return stored[self.rows].reshape(self.dims).transpose(self.order)
 
   def theirs(self, part: np.ndarray) -> np.ndarray:
-    """A part of our parameter as it is stored."""
+    """A part of our parameter in the stored layout."""
     return part.transpose(np.argsort(self.order)).reshape(self.stored)
 
 
@@ -103,7 +103,7 @@ class NameMap:
   Args:
     form: the format.
     cfg: the model.
-    abstract: its parameters, as `Definition.abstract` gives them.
+    abstract: its parameters, as from `Definition.abstract`.
 
   Raises:
     UserError: the format has no place for one of the parameters.
@@ -125,10 +125,10 @@ class NameMap:
     return (pieces[-1].rows.stop, *pieces[0].stored[1:])
 
   def check(self, stored: Mapping[str, StoredTensor]) -> None:
-    """Refuses a checkpoint that is not of this model.
+    """Refuses a checkpoint of another model.
 
     Raises:
-      UserError: a tensor is missing, unknown, misshapen, empty, or of a dtype
+      UserError: a tensor is missing, unknown, misshapen, empty, or has a dtype
         that our parameters cannot hold exactly.
     """
     missing, unknown = (
@@ -167,11 +167,11 @@ class NameMap:
   def load(
     self, values: Callable[[str], np.ndarray], shardings: Any | None = None
   ) -> Any:
-    """Our parameters, each device's shard read and placed by itself.
+    """Our parameters; each device's shard is read and placed on its own.
 
     Args:
-      values: a tensor by name, best as a view of a file.
-      shardings: tree of shardings; None leaves NumPy arrays.
+      values: returns a tensor by name, best as a view of a file.
+      shardings: a tree of shardings; None leaves NumPy arrays.
     """
     by_path: dict[Path, list[tuple[str, Piece]]] = {}
     for name, pieces in self.pieces.items():
@@ -234,7 +234,7 @@ class NameMap:
 
 
 def _piece(part: Part, path: Path, g, shape, row: int) -> Piece:
-  """Sizes the dimensions of a part by our parameter's."""
+  """A part with its shapes, which follow from our parameter's."""
   at = (() if g is None else (g,)) + part.at
   at += (ALL,) * (len(shape) - len(at))
   stored, ours = part.layout.split(" -> ")
@@ -254,16 +254,18 @@ def _piece(part: Part, path: Path, g, shape, row: int) -> Piece:
 
 
 def _places(cfg: ModelConfig) -> Iterator[tuple[Path, int]]:
-  """Where the parameters of each block are: the tree's path, and the index
-  along the leading axis of its arrays."""
-  for run in runs(cfg.kinds):
-    for g in range(run.repeats):
-      for at, kind in enumerate(run.unit):
-        yield ("blocks", str(run.start), f"{at}_{kind}"), g
+  """The place of each block's parameters.
+
+  This is the path in the tree, and the index along the arrays' leading axis.
+  """
+  for stack in stacks(cfg.kinds):
+    for g in range(stack.repeats):
+      for at, kind in enumerate(stack.unit):
+        yield ("blocks", str(stack.start), f"{at}_{kind}"), g
 
 
 def _fill(shard: np.ndarray, index, piece: Piece, value) -> None:
-  """Copies what of `piece` lies within `index` of the parameter."""
+  """Copies the part of `piece` that lies within `index` of the parameter."""
   into, of = [], []
   for at, span in zip(piece.at, index, strict=True):
     if isinstance(at, slice):
@@ -277,7 +279,7 @@ def _fill(shard: np.ndarray, index, piece: Piece, value) -> None:
 
 
 def _place(leaf, placed, fill) -> jax.Array:
-  """An array from its shards, each read and placed by itself."""
+  """An array from its shards, each read and placed on its own."""
   devices_of = collections.defaultdict(list)
   for device, at in placed.addressable_devices_indices_map(leaf.shape).items():
     devices_of[at].append(device)
@@ -291,7 +293,7 @@ def _place(leaf, placed, fill) -> jax.Array:
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """Memory so aligned that a CPU device takes it over without a copy."""
+  """Memory aligned so that a CPU device takes it over without a copy."""
   size = math.prod(shape) * np.dtype(dtype).itemsize
   memory = np.empty(size + _ALIGNMENT, np.uint8)
   start = -memory.ctypes.data % _ALIGNMENT

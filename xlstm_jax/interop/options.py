@@ -5,12 +5,13 @@ from typing import Any
 
 from xlstm_jax.errors import UserError, shown
 
-# A soft cap from here on is none. It stands for that where null may not, as in
-# Hugging Face's configuration, whose model computes cap * tanh(x / cap) with
-# any cap. Division by a power of two is exact, and in float32 tanh(y) is y up
-# to |y| = 2**-12, so that x up to |x| = 2**18 comes back bit by bit.
+# A soft cap of this size or more means none. It stands in for null where null
+# is not allowed, as in Hugging Face's configuration, whose model computes
+# cap * tanh(x / cap) with any cap. Division by a power of two is exact, and in
+# float32 tanh(y) is y up to |y| = 2**-12, so x up to |x| = 2**18 comes back bit
+# by bit.
 NO_CAP = 2.0**30
-# Far beyond any model, and their products far from any overflow.
+# Far beyond any model, with products that are far from any overflow.
 _MAX_INTEGER = 2**31 - 1
 _MAX_FACTOR = 1000
 
@@ -18,12 +19,12 @@ _MAX_FACTOR = 1000
 class Options:
   """A JSON object whose values are read with their type and default.
 
-  A method without a default raises `UserError` where the option is missing;
-  all do where it has another type or is out of range.
+  A method without a default raises `UserError` if the option is missing. Every
+  method does if the option has another type or is out of range.
 
   Args:
     values: the object.
-    section: where it stands, for messages: "slstm_block.slstm."
+    section: its place for messages, such as "slstm_block.slstm."
   """
 
   def __init__(self, values: Mapping[str, Any], section: str = ""):
@@ -31,7 +32,7 @@ class Options:
     self.section = section
 
   def has(self, name: str) -> bool:
-    """Whether the option is given, and not null."""
+    """Whether the option is given and not null."""
     return self.values.get(name) is not None
 
   def flag(self, name: str, default: bool | None = None) -> bool:
@@ -83,7 +84,7 @@ class Options:
     return cap if cap < NO_CAP else None
 
   def choice(self, name: str, meanings: Mapping[str, Any], default: str) -> Any:
-    """What one of the strings in `meanings` means."""
+    """The meaning of a string, one of the keys of `meanings`."""
     value = self.text(name, default)
     if value not in meanings:
       raise UserError(
@@ -93,7 +94,7 @@ class Options:
     return meanings[value]
 
   def sub(self, name: str) -> "Options":
-    """A nested object; an empty one where it is not given."""
+    """A nested object; empty if it is not given."""
     return Options(
       self._get(name, {}, (Mapping,), "an object"), f"{self.section}{name}."
     )
@@ -107,7 +108,7 @@ class Options:
 
   def _finite(self, name: str, default: float | None) -> float:
     value = self._get(name, default, (int, float), "a number")
-    # Beyond this an integer has no float.
+    # A larger integer has no float.
     return float(
       self._checked(name, value, abs(value) < 2**1023, "a finite number")
     )

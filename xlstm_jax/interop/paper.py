@@ -45,11 +45,11 @@ from xlstm_jax.models.config import MAX_BLOCKS, ModelConfig
 from xlstm_jax.models.language_model import Definition
 
 _CONFIG = "config.json"
-# All norms of the repository, and the eps of its mLSTM cell.
+# The norm that the repository has everywhere, and the eps of its mLSTM cell.
 _NORM = NormConfig("layer", 1e-5, "offset")
 _CELL_EPS = 1e-6
-# How the repository's two sLSTM backends lay out the recurrent weights and the
-# bias, which is flat in both.
+# The layouts of the recurrent weights and of the bias in the repository's two
+# sLSTM backends. The bias is flat in both.
 SLSTMLayout = Literal["vanilla", "cuda"]
 _RECURRENT = {"vanilla": "H GE D -> GHDE", "cuda": "H D GE -> GHDE"}
 _BIAS = {"vanilla": "GHE -> GHE", "cuda": "HGE -> GHE"}
@@ -77,7 +77,7 @@ _CONV = (
 )
 _MLSTM = (
   tensor("xlstm_norm.weight", "D -> D", "norm.scale"),
-  # First the cell's input, then the output gate's.
+  # First the cell's input, then that of the output gate.
   tensor("xlstm.proj_up.weight", "GU D -> DGU", "mixer.up.weight"),
   tensor("xlstm.proj_up.bias", "GU -> GU", "mixer.up.bias"),
   *_CONV,
@@ -87,7 +87,7 @@ _MLSTM = (
   tensor("xlstm.q_proj.bias", "NO -> NO", "mixer.q.map.bias"),
   tensor("xlstm.k_proj.bias", "NO -> NO", "mixer.k.map.bias"),
   tensor("xlstm.v_proj.bias", "NO -> NO", "mixer.v.map.bias"),
-  # The gates see q, k and v one after the other: S.
+  # The gates see q, k and v one after the other, along S.
   tensor(
     "xlstm.mlstm_cell.igate.weight",
     "H SU -> SUH",
@@ -112,8 +112,8 @@ _MLSTM = (
 _SLSTM = (
   tensor("xlstm_norm.weight", "D -> D", "norm.scale"),
   *_CONV,
-  # Upstream's names of the first two are swapped: "fgate" feeds the input
-  # gate and "igate" the forget gate (NX-AI/xlstm issue 98).
+  # Upstream swaps the names of the first two: "fgate" feeds the input gate and
+  # "igate" the forget gate (NX-AI/xlstm issue 98).
   tensor("xlstm.fgate.weight", "H E D -> HDE", "mixer.gates.weight", (0,)),
   tensor("xlstm.igate.weight", "H E D -> HDE", "mixer.gates.weight", (1,)),
   tensor("xlstm.zgate.weight", "H E D -> HDE", "mixer.gates.weight", (2,)),
@@ -152,7 +152,7 @@ def tensor_format(*, slstm_layout: SLSTMLayout = "vanilla") -> Format:
 
 
 def slstm_layout(stored: Mapping[str, StoredTensor]) -> SLSTMLayout:
-  """Which sLSTM backend saved the state dict: its shapes tell."""
+  """The sLSTM backend that saved the state dict, which its shapes tell."""
   for name, found in stored.items():
     if name.endswith("._recurrent_kernel_"):
       _, rows, columns = (*found.spec.shape, 0, 0, 0)[:3]
@@ -163,10 +163,10 @@ def slstm_layout(stored: Mapping[str, StoredTensor]) -> SLSTMLayout:
 def untie(
   stored: Mapping[str, StoredTensor], *, tied: bool
 ) -> dict[str, StoredTensor]:
-  """The tensors without the copy of the embedding that a tied model saves.
+  """The tensors, without the copy of the embedding that a tied model saves.
 
   Raises:
-    UserError: the "copy" is another matrix.
+    UserError: the "copy" is a different matrix.
   """
   tensors = dict(stored)
   if not tied or _HEAD not in tensors:
@@ -187,7 +187,7 @@ def open_checkpoint(
   """The model, the format and the tensors of a folder with a state dict.
 
   Raises:
-    UserError: it is none, or its model is not one of ours.
+    UserError: the folder has no state dict, or its model is not one of ours.
   """
   cfg = model_config(tensor_files.read_json(folder / _CONFIG))
   stored = untie(tensor_files.open_folder(folder), tied=cfg.tie_embeddings)
@@ -195,10 +195,11 @@ def open_checkpoint(
 
 
 def import_folder(source: pathlib.Path, target: pathlib.Path) -> ModelConfig:
-  """Makes the workdir `target` of the folder `source`.
+  """Makes the workdir `target` from the folder `source`.
 
   Raises:
-    UserError: `source` is damaged or not of our kind, or `target` is in use.
+    UserError: `source` is damaged or has another kind of model, or `target` is
+      in use.
   """
   cfg, form, stored = open_checkpoint(source)
   content = tensor_files.read_json(source / _CONFIG)
@@ -220,9 +221,9 @@ def export_folder(
 
   Args:
     source: the workdir.
-    target: empty or missing.
-    step: of the checkpoint; None for the latest.
-    slstm_layout: The sLSTM backend that the configuration names and whose
+    target: a folder that is empty or missing.
+    step: the checkpoint's step; None for the latest.
+    slstm_layout: the sLSTM backend that the configuration names and whose
       layout the tensors have.
 
   Raises:
@@ -250,11 +251,11 @@ def export_folder(
 
 
 def model_config(content: Mapping[str, Any]) -> ModelConfig:
-  """The model of an `xLSTMLMModelConfig`, as `dataclasses.asdict` gives it.
+  """The model of an `xLSTMLMModelConfig`, given as `dataclasses.asdict` does.
 
   Raises:
-    UserError: an option is missing, has another type, or asks for what this
-      project does not have.
+    UserError: an option is missing, has another type, or asks for something
+      that this project does not have.
   """
   options = Options(content)
   width = options.integer("embedding_dim", minimum=1)
@@ -282,7 +283,7 @@ def model_config(content: Mapping[str, Any]) -> ModelConfig:
 def _slstm_at(options: Options, num_blocks: int) -> tuple[int, ...]:
   at = options.values.get("slstm_at", [])
   if at == "all" or not options.has("mlstm_block"):
-    # One more than there may be is refused with the model.
+    # `ModelConfig` refuses one block more than there may be.
     return tuple(range(min(num_blocks, MAX_BLOCKS + 1)))
   if not isinstance(at, list) or not all(type(n) is int for n in at):
     raise UserError(
@@ -300,7 +301,7 @@ def _mlstm(options: Options, width: int) -> MLSTMConfig:
     round_to=round_to,
     conv_window=mlstm.integer("conv1d_kernel_size", 4, minimum=0),
     qkv_block=mlstm.integer("qkv_proj_blocksize", 4, minimum=1),
-    # A constant upstream, and a key of configurations that change it.
+    # A constant upstream; configurations that change it have this key.
     eps=options.number("mlstm_cell_eps", _CELL_EPS),
     bias=options.flag("bias", False),
   )
@@ -319,7 +320,7 @@ def _slstm(block: Options) -> SLSTMConfig:
     cell=slstm.choice("function", {"slstm": "slstm", "lstm": "lstm"}, "slstm"),
     num_heads=slstm.integer("num_heads", 4, minimum=1),
     conv_window=slstm.integer("conv1d_kernel_size", 4, minimum=0),
-    # Upstream takes any name here, "zeros" for one; to an import it is nothing.
+    # Upstream accepts any name here, and an import does not need the meaning.
     recurrent_init=_RECURRENT_INITS.get(
       slstm.text("recurrent_weight_init", "zeros"), "zeros"
     ),
@@ -327,7 +328,7 @@ def _slstm(block: Options) -> SLSTMConfig:
       slstm.text("bias_init", "powerlaw_blockdependent"), "power_law"
     ),
     head_norm_scale=slstm.flag("group_norm_weight", True),
-    # Where nothing is said of it, there is one; null says that there is none.
+    # A missing key means that there is a feed-forward, null that there is none.
     feedforward="feedforward" not in block.values or block.has("feedforward"),
   )
 
@@ -346,7 +347,7 @@ def _feedforward(options: Options, width: int) -> FeedForwardConfig:
 
 
 def _factor(options: Options, default: float, width: int, round_to: int):
-  """The projection factor; it makes our rounding up give their size."""
+  """A projection factor with which our rounding up gives their size."""
   factor = options.factor("proj_factor", default)
   if options.flag("round_proj_up_dim_up", True):
     return factor
@@ -363,9 +364,9 @@ def paper_config(
 
   Args:
     cfg: the model.
-    context: Tokens of the longest row that the PyTorch model will read at
+    context: tokens of the longest row that the PyTorch model will read at
       once; its mLSTM allocates a mask of this length.
-    slstm_layout: The sLSTM backend.
+    slstm_layout: the sLSTM backend.
 
   Raises:
     UserError: the repository's blocks cannot express the model; the message
@@ -541,7 +542,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
   commands = parser.add_subparsers(dest="command", required=True)
   add = commands.add_parser(
     "import",
-    help="make a workdir of a saved state dict",
+    help="make a workdir from a saved state dict",
     description="Reads config.json and model.safetensors and writes a workdir "
     "for evaluate, generate and init_from.",
   )
@@ -559,14 +560,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
   )
   add = commands.add_parser(
     "export",
-    help="make a state dict of a workdir",
+    help="make a state dict from a workdir",
     description="Writes config.json and model.safetensors, in float32.",
   )
   add.add_argument(
     "--workdir",
     type=paths.argument(paths.reachable),
     required=True,
-    help="of a run",
+    help="the workdir of a run or of an import",
   )
   add.add_argument(
     "--output",
@@ -575,14 +576,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     help="a new or empty folder for both files",
   )
   add.add_argument(
-    "--step", type=int, help="of the checkpoint; the latest by default"
+    "--step", type=int, help="the checkpoint's step (default: the latest)"
   )
   add.add_argument(
     "--slstm-backend",
     choices=list(_RECURRENT),
     default="vanilla",
-    help="that the configuration names, in whose layout sLSTM weights are "
-    "stored (default: %(default)s)",
+    help="backend that the configuration names, and in whose layout sLSTM "
+    "weights are stored (default: %(default)s)",
   )
   return parser.parse_args(argv)
 

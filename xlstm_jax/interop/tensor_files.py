@@ -1,8 +1,8 @@
 """safetensors files: read by memory map, written tensor by tensor.
 
-A file is eight bytes of header length, a JSON header that gives every tensor's
-dtype, shape and place, and the tensors' bytes. A checkpoint is a folder with
-one such file, or with several and an index that says which holds what.
+A file has eight bytes with the length of the header, a JSON header with every
+tensor's dtype, shape and place, and the tensors' bytes. A checkpoint is a
+folder with one such file, or with several and an index of their tensors.
 """
 
 import collections
@@ -63,10 +63,10 @@ class StoredTensor:
 
 
 def open_file(path: pathlib.Path) -> dict[str, StoredTensor]:
-  """The tensors of one file by name.
+  """The tensors of one file, by name.
 
   Raises:
-    UserError: the file is missing, damaged, or holds a dtype that no
+    UserError: the file is missing or damaged, or holds a dtype that no
       parameter has.
   """
   try:
@@ -96,11 +96,11 @@ def open_file(path: pathlib.Path) -> dict[str, StoredTensor]:
 
 
 def open_folder(folder: pathlib.Path) -> dict[str, StoredTensor]:
-  """All tensors of a checkpoint folder by name.
+  """All tensors of a checkpoint folder, by name.
 
   Raises:
-    UserError: there is no checkpoint, or a file, the index or what one says
-      of the other is wrong.
+    UserError: there is no checkpoint, a file or the index is damaged, or they
+      do not agree.
   """
   index = folder / INDEX
   if not index.exists():
@@ -141,10 +141,11 @@ def write_folder(
   """Writes a checkpoint folder, holding one tensor at a time.
 
   Args:
-    folder: exists.
-    specs: of all tensors, in the order in which they are written.
-    values: gives a tensor by name.
-    max_shard_bytes: of a file's tensors; one above it gets its own file.
+    folder: an existing folder.
+    specs: shape and dtype of all tensors, in the order of writing.
+    values: returns a tensor by name.
+    max_shard_bytes: largest size of a file's tensors; a larger tensor gets a
+      file of its own.
   """
   shards = _shards(specs, max_shard_bytes)
   if len(shards) == 1:
@@ -167,9 +168,9 @@ def write_file(
 ) -> None:
   """Writes one file, holding one tensor at a time.
 
-  The file appears under its name once it is whole.
+  The file appears under its name once it is complete.
   """
-  # Readers of the PyTorch world refuse a file that does not say "pt".
+  # PyTorch's readers refuse a file that does not say "pt".
   header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
   codes = {dtype: code for code, dtype in DTYPES.items()}
   end = 0
@@ -196,7 +197,7 @@ def write_file(
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-  """Writes readable JSON; the file appears once it is whole."""
+  """Writes readable JSON; the file appears once it is complete."""
   text = json.dumps(content, indent=2, sort_keys=True) + "\n"
   _write_whole(path, lambda file: file.write(text.encode()))
 
@@ -205,7 +206,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """Reads a JSON object.
 
   Raises:
-    UserError: there is none.
+    UserError: the file holds none, or cannot be read.
   """
   try:
     if path.stat().st_size > _MAX_HEADER:
@@ -217,7 +218,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     raise UserError(f"{path} cannot be read: {error}.") from None
   try:
     content = json.loads(text)
-  # Beside malformed JSON: nested too deeply, numbers of too many digits.
+  # Malformed JSON, too deep nesting, or numbers with too many digits.
   except (ValueError, RecursionError) as error:
     raise UserError(f"{path} is not JSON: {error}.") from None
   if not isinstance(content, dict):
@@ -283,7 +284,7 @@ def _entry(path: pathlib.Path, name: str, entry: dict[str, Any]):
   if (
     not isinstance(shape, list)
     or not all(type(n) is int and n >= 0 for n in shape)
-    # More than an array can have, which an empty one does not show.
+    # More axes than an array can have; an empty array would not show that.
     or len(shape) > _MAX_AXES
     or math.prod(max(n, 1) for n in shape) >= 2**60
   ):

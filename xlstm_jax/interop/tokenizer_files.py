@@ -1,4 +1,4 @@
-"""What stands beside `tokenizer.json` in a Hugging Face folder."""
+"""The files beside `tokenizer.json` in a Hugging Face folder."""
 
 import json
 import pathlib
@@ -11,10 +11,10 @@ from xlstm_jax.errors import shown
 from xlstm_jax.interop import large
 
 CONFIG = "tokenizer_config.json"
-# In a workdir: the files of the folder that it was imported from.
+# In a workdir: the tokenizer's files of the folder that was imported.
 KEPT = "imported_tokenizer"
-# In an export: the tokenizer of the training data, where the tokenizer.json
-# that transformers reads has to be another one.
+# In an export: the training data's tokenizer, if transformers has to read
+# another tokenizer.json.
 TRAINING = "training_tokenizer"
 _NAMES = (
   tokenizers.HUGGING_FACE_FILE,
@@ -62,11 +62,11 @@ def exported(
   kept: Mapping[str, bytes],
   ids: Mapping[str, Any],
 ) -> dict[str, bytes]:
-  """What an export holds for transformers, as `read` returns it.
+  """The tokenizer's files of an export, as `read` returns them.
 
   Args:
-    tokenizer: of the model; None for none.
-    kept: files of the folder that the model and its tokenizer are from.
+    tokenizer: the model's tokenizer; None for none.
+    kept: files of the folder from which model and tokenizer were imported.
     ids: the model's `config.json`, which names ids of special tokens.
 
   Raises:
@@ -85,7 +85,7 @@ def save(
   tokenizer: tokenizers.Tokenizer | None,
   found: Mapping[str, bytes],
 ) -> None:
-  """Writes what `exported` returned, and for imports the tokenizer itself."""
+  """Writes what `exported` returned, and the tokenizer itself for imports."""
   write(target, found)
   if tokenizer is None:
     return
@@ -99,15 +99,15 @@ def save(
 
 
 def _config(data: bytes, ids: Mapping[str, Any]) -> bytes:
-  """A `tokenizer_config.json` with which transformers reads `data` as it is.
+  """A `tokenizer_config.json` with which transformers reads `data` unchanged.
 
-  Without one it takes the class that it lists for the model, which rebuilds the
-  tokenizer as GPT-NeoX has it.
+  Without one, transformers takes the class that it lists for the model, which
+  rebuilds the tokenizer like GPT-NeoX's.
   """
   content, known = _parsed(data)
   config: dict[str, Any] = {
     "tokenizer_class": "PreTrainedTokenizerFast",
-    # The name of a special token in a text is text, as it is here.
+    # The name of a special token inside a text is text, as in training.
     "split_special_tokens": True,
     "clean_up_tokenization_spaces": False,
     "padding_side": "right",
@@ -118,7 +118,7 @@ def _config(data: bytes, ids: Mapping[str, Any]) -> bytes:
     for id in large.token_ids(ids, name)[:1]:
       if (token := tokenizers.name_of(known, id)) is not None:
         config[name.removesuffix("_id")] = token
-  # transformers 4 switches it off unless it is asked for here.
+  # transformers 4 switches the prefix space off unless this asks for it.
   first = content.get("pre_tokenizer") or {}
   if first.get("type") == "ByteLevel" and first.get("add_prefix_space", True):
     config["add_prefix_space"] = True
@@ -128,12 +128,12 @@ def _config(data: bytes, ids: Mapping[str, Any]) -> bytes:
 def outside(
   found: Mapping[str, bytes], ids: Mapping[str, Any], vocab_size: int
 ) -> list[str]:
-  """What names an id that the model does not have, a sentence each.
+  """A sentence for each thing that names an id which the model does not have.
 
   Args:
     found: the tokenizer's files of an export.
-    ids: its `config.json`.
-    vocab_size: of the model.
+    ids: the export's `config.json`.
+    vocab_size: the model's number of ids.
   """
   ends = "transformers ends with an IndexError where it occurs"
   told = [
@@ -165,7 +165,7 @@ def outside(
 
 
 def _tokenizer_config(found: Mapping[str, bytes]) -> dict[str, Any]:
-  """The `tokenizer_config.json`; an imported one may be anything."""
+  """The `tokenizer_config.json`; an imported one may hold anything."""
   try:
     content = json.loads(found.get(CONFIG, b""))
   except (ValueError, RecursionError):
@@ -174,7 +174,7 @@ def _tokenizer_config(found: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def _parsed(data: bytes) -> tuple[dict[str, Any], Any]:
-  """A `tokenizer.json`, and the tokenizer that it is."""
+  """The content of a `tokenizer.json`, and the tokenizer that it defines."""
   path = pathlib.Path(tokenizers.HUGGING_FACE_FILE)
   content = files.parse_json(data, path)
   return content, tokenizers.build(content, path)

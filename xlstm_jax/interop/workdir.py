@@ -1,4 +1,4 @@
-"""Workdirs as this project's commands know them, from and to other formats."""
+"""Workdirs made from other formats, and the parameters read back from them."""
 
 import pathlib
 from collections.abc import Mapping
@@ -40,19 +40,19 @@ def create(
   Each tensor is read from the mapped file straight into a device's shard.
 
   Args:
-    workdir: empty or missing.
-    source: the checkpoint's folder; its tokenizer is taken along.
+    workdir: a folder that is empty or missing.
+    source: the checkpoint's folder; its tokenizer is copied.
     cfg: the checkpoint's model.
-    form: its format.
-    stored: its tensors.
+    form: the checkpoint's format.
+    stored: the checkpoint's tensors.
     end_of_text: id of the token that ends a text; None for the tokenizer's
       usual one.
-    kept: JSON that `read_kept` gives back, with the hash of the tokenizer.
-    kept_files: the tokenizer's files of `source`.
+    kept: JSON that `read_kept` returns, with the hash of the tokenizer.
+    kept_files: the tokenizer's files in `source`.
 
   Raises:
-    UserError: the checkpoint is not of this model, its tokenizer is unusable,
-      or `workdir` is in use.
+    UserError: the checkpoint is of another model, its tokenizer is unusable, or
+      `workdir` is in use.
   """
   require_empty(workdir)
   run = RunConfig(model=cfg, mesh=_MESH)
@@ -73,14 +73,14 @@ def create(
     hash = None if tokenizer is None else tokenizer.hash
     write_json(workdir / _KEPT, {**kept, "tokenizer": hash})
   tokenizer_files.write(workdir / tokenizer_files.KEPT, kept_files or {})
-  # Last: with it, the folder is a workdir.
+  # Written last, because it makes the folder a workdir.
   config.save(workdir, run)
 
 
 def restore(
   workdir: pathlib.Path, run: RunConfig, step: int | None = None
 ) -> Params:
-  """The parameters of a run, of its latest step by default.
+  """The parameters of a run, at its latest step by default.
 
   Raises:
     UserError: there is no such step.
@@ -101,20 +101,20 @@ def restore(
 
 
 def read_kept(workdir: pathlib.Path) -> dict[str, Any]:
-  """What the import that made a workdir kept, if one did.
+  """What the import that made this workdir kept; empty if none did.
 
   Raises:
-    UserError: it is damaged.
+    UserError: the file is damaged.
   """
   path = workdir / _KEPT
   return read_json(path) if path.exists() else {}
 
 
 def require_empty(folder: pathlib.Path) -> None:
-  """Refuses to write into a folder that holds something.
+  """Refuses a folder that holds something.
 
   Raises:
-    UserError: it does, or is no folder.
+    UserError: the path holds something, or is no folder.
   """
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise UserError(f"{folder} is not empty; name a new or an empty folder.")

@@ -14,7 +14,7 @@ from xlstm_jax.sharding import from_before, of_holder, on_mesh, time_axis
 
 
 class ConvState(NamedTuple):
-  """The last W - 1 real inputs of each row, and the segments they were of.
+  """The last W - 1 real inputs of each row, and their segments.
 
   All zeros, with segment 0, is the empty past.
   """
@@ -59,8 +59,8 @@ class CausalConv(nnx.Module):
   ) -> tuple[Float[Array, "B T U"], ConvState]:
     """Convolves `x`; without segments every token continues the state.
 
-    Where time is split over devices, each must hold at least the W - 1 tokens
-    that the next one sees.
+    If time is split over devices, each must hold at least the W - 1 tokens that
+    the next one sees.
     """
     B, T, _ = x_BTU.shape
     if state is None:
@@ -96,7 +96,7 @@ def _convolve(
     segments_BT = jnp.broadcast_to(jnp.maximum(last_B1, 1), (B, T))
   if axis_name is not None:
     state = _entering(x_BTU, segments_BT, state, axis_name)
-  # S: the state's W - 1 inputs, then x.
+  # Along S: the state's W - 1 inputs, then x.
   x_BSU = jnp.concatenate([state.inputs_BWU, x_BTU], axis=1)
   segments_BS = jnp.concatenate([state.segments_BW, segments_BT], axis=1)
   y_BTU = wide(bias_U)
@@ -115,7 +115,7 @@ def _convolve(
 
 
 def _last_real(x_BSU, segments_BS, length_B, past: int) -> ConvState:
-  """The inputs before the trailing padding, row by row."""
+  """The last inputs before the trailing padding of each row."""
 
   def tail(x_SU, segments_S, length):
     return ConvState(
@@ -129,7 +129,7 @@ def _last_real(x_BSU, segments_BS, length_B, past: int) -> ConvState:
 def _entering(x_BTU, segments_BT, state: ConvState, axis_name) -> ConvState:
   """The inputs before this device's first token.
 
-  They are real wherever that token is.
+  If that token is real, so are they.
   """
   T, past = x_BTU.shape[1], state.inputs_BWU.shape[1]
   if past > T:
@@ -142,7 +142,7 @@ def _entering(x_BTU, segments_BT, state: ConvState, axis_name) -> ConvState:
 
 
 def _ends_here(real_BT, axis_name) -> jax.Array:
-  """Whether a row's last real token is this device's; a row may have none."""
+  """Whether a row's last real token is on this device; a row may have none."""
   at = jax.lax.axis_index(axis_name)
   last_B = jax.lax.pmax(jnp.where(real_BT.any(1), at, 0), axis_name)
   return at == last_B

@@ -26,8 +26,8 @@ class Embedding(nnx.Module):
   def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """The rows of `tokens`, in the compute dtype.
 
-    They are rounded after they are looked up: the gradient of a row is a sum
-    over all its tokens, which has to have the weight's type.
+    They are rounded after the lookup. So the gradient of a row, a sum over all
+    its tokens, is summed in the weight's type.
     """
     tokens_BT = constrain(tokens_BT, "looked_up", "time")
     x_BTD = self.weight[...][tokens_BT].astype(self.dtype)
@@ -43,6 +43,7 @@ def attend(
 ) -> Float[Array, "B T Z"]:
   """Inner products with every row, accumulated and returned in fp32.
 
-  Their cotangents too are rounded to the weight's type as they are multiplied.
+  In the backward pass, cotangents are rounded to the weight's type before they
+  are multiplied.
   """
   return product("BTD,ZD->BTZ", x_BTD, weight_ZD, weight_ZD.dtype)

@@ -31,14 +31,14 @@ class FeedForwardConfig:
   """The gated feed-forward layer of post-up-projection blocks.
 
   Attributes:
-    factor: hidden units per channel, before rounding.
-    round_to: the hidden size is a multiple of this.
-    rounding: "ceil" rounds factor * width up; "floor" is the public PyTorch
+    factor: Hidden units per channel, before rounding.
+    round_to: The number of hidden units is a multiple of this.
+    rounding: "ceil" rounds factor * width up. "floor" is the public PyTorch
       and Hugging Face rule `(int(factor * width + round_to - 1) // round_to)
       * round_to`, which rounds values just above a multiple down.
-    activation: of the gate half; "gelu" is the exact (erf) one.
-    bias: add biases to both projections.
-    dropout: of the output; None for the model's.
+    activation: Activation of the gate half; "gelu" is the exact (erf) one.
+    bias: Whether both projections have biases.
+    dropout: Dropout rate of the output; None for the model's.
   """
 
   factor: float = ranged(1.3, above=0)
@@ -108,7 +108,7 @@ class FeedForward(nnx.Module):
     up_BTGF = constrain(self.up(x_BTD), "batch", "time", None, "feedforward")
     act = ACTIVATIONS[self.cfg.activation]
 
-    # Of this the backward pass keeps what goes in, and none of its steps.
+    # The backward pass keeps only the input of this, and recomputes its steps.
     @jax.checkpoint
     def gated(up_BTGF):
       return act(up_BTGF[..., 0, :]) * up_BTGF[..., 1, :]

@@ -1,4 +1,4 @@
-"""Initial distributions of the published models (XLSTM paper, appendix)."""
+"""Initial distributions of the published models (xLSTM paper, appendix)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ Initializer = Callable[[jax.Array, Sequence[int], DTypeLike], jax.Array]
 
 
 class Depth(NamedTuple):
-  """Which of all blocks one is: the index `at`, which may be traced."""
+  """The place of a block: its index `at`, which may be traced, of `blocks`."""
 
   at: int | jax.Array
   blocks: int
@@ -35,8 +35,8 @@ def small(width: int) -> Initializer:
 def wang(width: int, num_blocks: int) -> Initializer:
   """N(0, (2 / (num_blocks sqrt(width)))^2) (Wang and Komatsuzaki, 2021).
 
-  `width` is the model's and `num_blocks` counts all blocks, whatever the
-  weight's own fan-in.
+  `width` is the model's width and `num_blocks` counts all its blocks, whatever
+  the weight's own fan-in is.
   """
   return normal(2 / (num_blocks * math.sqrt(width)))
 

@@ -1,4 +1,4 @@
-"""Linear maps, each named by its einsum."""
+"""Linear maps, each defined by its einsum."""
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,15 @@ class Linear(nnx.Module):
   """`einsum(equation, x, weight) + bias`.
 
   Args:
-    equation: such as "BTD,DGU->BTGU"; the weight's letters name its dimensions.
-    shape: of the weight.
+    equation: an einsum such as "BTD,DGU->BTGU", in which the weight's letters
+      name its dimensions.
+    shape: the weight's shape.
     axes: logical axis names of the weight's dimensions.
-    init: of the weight.
-    bias: initialiser of the bias, which has the output's dimensions that the
-      weight brings; None for no bias.
-    precise: operands and result in fp32, as gates need (`layers.compute`).
+    init: initialiser of the weight.
+    bias: initialiser of the bias, whose dimensions are the weight's that the
+      output has; None for no bias.
+    precise: whether operands and result are fp32, as gates need
+      (`layers.compute`).
   """
 
   def __init__(
@@ -57,11 +59,11 @@ class Linear(nnx.Module):
     y = self.product(x, weight)
     if self.bias is None:
       return y
-    # In fp32, so that the bias's gradient is summed in it.
+    # In fp32, so that the gradient of the bias is summed in fp32.
     return (wide(y) + wide(self.bias[...])).astype(y.dtype)
 
   def product(self, x: jax.Array, weight: jax.Array, /) -> jax.Array:
-    """The einsum, of one dtype."""
+    """The einsum of operands of one dtype."""
     return jnp.einsum(
       self.equation, x, weight, precision=multiplication(x.dtype)
     )
@@ -72,7 +74,7 @@ def dropout(
 ) -> Float[Array, "..."]:
   """Zeroes a share `rate` of `x` and scales the rest; off if `keys_B` is None.
 
-  Every row has a key of its own, so that its mask depends on no other row.
+  Every row has a key of its own, so its mask depends on no other row.
   """
   if keys_B is None or rate == 0:
     return x
@@ -83,5 +85,5 @@ def dropout(
 
 
 def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
-  """`cap * tanh(x / cap)`, or `x` where there is no cap."""
+  """`cap * tanh(x / cap)`, or `x` if there is no cap."""
   return x if cap is None else cap * jnp.tanh(x / cap)

@@ -19,10 +19,10 @@ class NormConfig:
 
   Attributes:
     kind: "layer" subtracts the mean, "rms" does not.
-    eps: added to the variance (mean square).
-    scale: the stored scale w acts as 1 + w ("offset", starts at 0), as w
-      ("direct", starts at 1), or there is none.
-    bias: add a learned bias.
+    eps: Number added to the variance (mean square).
+    scale: How the stored scale w acts: as 1 + w ("offset", starts at 0), as w
+      ("direct", starts at 1), or not at all ("none").
+    bias: Whether there is a learned bias.
   """
 
   kind: Literal["layer", "rms"] = "layer"
@@ -34,8 +34,8 @@ class NormConfig:
 class Norm(nnx.Module):
   """Normalises the last dimension; parameters have the shape `shape`.
 
-  `shape` is (D,) for a block's norm and (H, V) for a norm per head: heads are
-  normalised one by one, and nothing is ever averaged over time.
+  `shape` is (D,) for a block's norm and (H, V) for a norm per head. Heads are
+  normalised one by one, and nothing is averaged over time.
   """
 
   def __init__(
@@ -64,7 +64,7 @@ class Norm(nnx.Module):
     x = wide(x)
     if self.cfg.kind == "layer":
       x = x - self._apart(x.mean(-1, keepdims=True))
-    # Two passes: E[x^2] - E[x]^2 loses everything at a large mean.
+    # Two passes: E[x^2] - E[x]^2 cancels to nothing at a large mean.
     variance = jnp.square(x).mean(-1, keepdims=True)
     y = x * self._apart((variance + self.cfg.eps) ** -0.5)
     if self.scale is not None:
@@ -74,9 +74,9 @@ class Norm(nnx.Module):
     return y.astype(self.dtype)
 
   def _apart(self, statistic: jax.Array) -> jax.Array:
-    """The statistic of a row, made in a pass of its own where rows are short.
+    """The statistic of a row, computed in a pass of its own if rows are short.
 
-    There XLA's fusions of a norm on GPUs (Triton) take twice the time.
+    For short rows, XLA's fusions of a norm on GPUs (Triton) take twice as long.
     """
     if self.of_heads:
       return jax.lax.optimization_barrier(statistic)

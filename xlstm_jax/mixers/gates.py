@@ -12,16 +12,16 @@ from xlstm_jax.layers.linear import Linear, soft_cap
 class Gates(nnx.Module):
   """Input and forget gate pre-activations from `sources` arrays of channels.
 
-  Weights start at zero, the forget gate's bias at 3 to 6 over the heads.
+  Weights start at zero. The forget gate's bias starts at 3 to 6 over the heads.
 
   Args:
-    sources: how many arrays the gates see.
-    channels: of each source.
-    axis: the channels' logical axis.
-    num_heads: heads.
-    headwise: a head's gates see that head's slice of the channels alone.
-    cap: soft cap of the pre-activations, or None.
-    input_bias: the input gate's starting bias; None for N(0, 0.1^2).
+    sources: number of arrays that the gates see.
+    channels: number of channels of each source.
+    axis: logical axis of the channels.
+    num_heads: number of heads.
+    headwise: whether a head's gates see only that head's slice of the channels.
+    cap: soft cap of the pre-activations; None for none.
+    input_bias: initial bias of the input gate; None draws it from N(0, 0.1^2).
   """
 
   def __init__(

@@ -1,4 +1,4 @@
-"""The mLSTM cell as both mixers run it: configured, and on the mesh."""
+"""The mLSTM cell as both mixers run it: with their settings, on the mesh."""
 
 import contextlib
 import contextvars
@@ -39,7 +39,7 @@ class MemoryConfig(Protocol):
 
 
 class Observation(NamedTuple):
-  """What decides which tokens rule a memory, and how it is read."""
+  """What decides which tokens dominate a memory, and how it is read."""
 
   q_BTHK: Float[Array, "B T H K"]
   k_BTHK: Float[Array, "B T H K"]
@@ -55,11 +55,11 @@ _OBSERVED: contextvars.ContextVar[list[Observation] | None] = (
 
 @contextlib.contextmanager
 def observed() -> Iterator[list[Observation]]:
-  """Within, every call of `memory` adds what it is given to the list.
+  """In this context, every call of `memory` adds its inputs to the list.
 
   Inside `jax.jit` these are values of the trace. They can be used there only if
-  no block was scanned or rematerialised in a trace of its own: the model needs
-  `Compute.scan=False` and `remat="none"`.
+  no block was scanned or rematerialised in a trace of its own, so the model
+  needs `Compute.scan=False` and `remat="none"`.
   """
   found: list[Observation] = []
   token = _OBSERVED.set(found)
@@ -81,7 +81,7 @@ def memory(
   cfg: MemoryConfig,
   compute: Compute,
 ) -> tuple[Float[Array, "B T H V"], mlstm.State]:
-  """`cells.mlstm.mlstm`, each device running it on its rows, heads and time."""
+  """`cells.mlstm.mlstm`; each device runs it on its rows, heads and time."""
   found = _OBSERVED.get()
   if found is not None:
     found.append(Observation(q_BTHK, k_BTHK, i_BTH, f_BTH, cfg))
@@ -130,13 +130,14 @@ def memory(
 def memory_flops(
   cfg: MemoryConfig, width: int, *, context: int, chunk: int | None
 ) -> float:
-  """FLOPs per token of the cell's forward pass, of the causal half alone.
+  """FLOPs per token of the cell's forward pass; only the causal half counts.
 
   Args:
-    cfg: Of the mixer.
-    width: Of the model.
-    context: Tokens per sequence; it matters to the parallel form alone.
-    chunk: Of the chunkwise form; None counts the parallel form.
+    cfg: The mixer's configuration.
+    width: The model's width.
+    context: Tokens per sequence, which matter only to the parallel form.
+    chunk: Tokens per chunk of the chunkwise form; None counts the parallel
+      form.
   """
   H = cfg.num_heads
   K, V = cfg.head_channels(width)
@@ -146,7 +147,7 @@ def memory_flops(
 
 
 def memory_cell(cfg: MemoryConfig, share: Share, compute: Compute) -> Cell:
-  """The cell of a mixer as a device runs it."""
+  """The cell of a mixer, with the shapes that one device computes."""
   K, V = cfg.head_channels(share.width)
   shape = self_test.Shape(
     B=share.B, T=share.T, H=cfg.num_heads // share.tensor, K=K, V=V

@@ -25,7 +25,7 @@ from xlstm_jax.mixers.memory import memory, memory_flops
 from xlstm_jax.ranges import ranged
 from xlstm_jax.sharding import constrain, split_over
 
-MERGED = 64  # channels of small blocks that are mapped as one
+MERGED = 64  # channels of small blocks that one product maps together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,22 +33,25 @@ class MLSTMConfig:
   """The mLSTM mixer of the paper's pre-up-projection block.
 
   Attributes:
-    num_heads: heads; they are contiguous slices of the inner channels.
-    factor: inner channels per channel, rounded up to `round_to`.
-    round_to: the inner size is a multiple of this.
-    conv_window: of the causal convolution; 0 for none.
-    qkv_block: q, k and v are block-diagonal maps with blocks of this size;
-      0 for dense maps.
-    gate_input: what the gates see: q, k and v, the convolved channels, or the
+    num_heads: Number of heads, which are contiguous slices of the inner
+      channels.
+    factor: Inner channels per channel of the model, before rounding up to
+      `round_to`.
+    round_to: The number of inner channels is a multiple of this.
+    conv_window: Window of the causal convolution; 0 for none.
+    qkv_block: Size of the blocks of the block-diagonal maps to q, k and v; 0
+      for dense maps.
+    gate_input: What the gates see: q, k and v, the convolved channels, or the
       up-projected channels before the convolution.
-    gate_headwise: each head's gates see that head's channels alone.
-    gate_cap: soft cap of the gate pre-activations.
-    input_gate: exponential with stabiliser, or sigmoid.
-    input_gate_bias: starting bias of the input gate; None for N(0, 0.1^2).
-    normalize: divide by the normaliser state.
-    qk_norm: RMS-normalise q and k in every head.
-    eps: added to the cell's normaliser.
-    bias: add biases to all projections.
+    gate_headwise: Whether the gates of a head see only that head's channels.
+    gate_cap: Soft cap of the gate pre-activations; None for none.
+    input_gate: Exponential with stabiliser, or sigmoid.
+    input_gate_bias: Initial bias of the input gate; None draws it from
+      N(0, 0.1^2).
+    normalize: Whether outputs are divided by the normaliser.
+    qk_norm: Whether q and k are RMS-normalised in every head.
+    eps: Number added to the cell's normaliser.
+    bias: Whether all projections have biases.
   """
 
   num_heads: int = ranged(4, at_least=1)
@@ -90,8 +93,8 @@ class MLSTMConfig:
   def problems(self, width: int, *, tensor: int) -> Iterator[str]:
     """What does not fit this width or `tensor` devices that split heads.
 
-    Channels split where heads do; blocks of q, k and v are not of heads, and a
-    single one is split by its outputs.
+    Channels split where heads do. Blocks of q, k and v do not follow the heads,
+    and a single dense block is split by its outputs.
     """
     inner, block = self.inner(width), self.qkv_block
     blocks = inner // block if block else 1
@@ -237,7 +240,7 @@ class MLSTM(nnx.Module):
       compute=self.compute,
     )
     h_BTU = self.head_norm(h_BTHV).reshape(x_BTU.shape)
-    # In fp32, so that the gradient of `skip` is summed in it.
+    # In fp32, so that the gradient of `skip` is summed in fp32.
     skipped_BTU = wide(self.skip[...]) * wide(conv_BTU)
     h_BTU = (wide(h_BTU) + skipped_BTU).astype(h_BTU.dtype)
     y_BTD = self.down(h_BTU * jax.nn.silu(z_BTU))
@@ -256,7 +259,7 @@ class _BlockDiagonal(nnx.Module):
     inner = cfg.inner(width)
     block = cfg.qkv_block or inner
     self.blocks = inner // block
-    # N blocks, from I to O. A single one is split like any dense map.
+    # N blocks from I to O channels. A single block is split like a dense map.
     self.map = _Blocks(
       "BTNI,NIO->BTNO",
       (self.blocks, block, block),
@@ -274,9 +277,9 @@ class _BlockDiagonal(nnx.Module):
 
 
 class _Blocks(Linear):
-  """Maps N blocks, some at a time as one block that has zeros between them.
+  """Maps N blocks, several at a time as one block with zeros between them.
 
-  Matrix units multiply many channels at once, and blocks have 4.
+  Matrix units multiply many channels at once, and a block has only 4.
   """
 
   def product(self, x_BTNI, weight_NIO, /):

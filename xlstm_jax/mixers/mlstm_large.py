@@ -1,4 +1,4 @@
-"""mLSTM mixer of the 7B model: projections of the block's input, no more."""
+"""mLSTM mixer of the 7B model: all projections see the block's input."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -26,16 +26,17 @@ class MLSTMLargeConfig:
   """The mLSTM mixer of the 7B model (xLSTM-7B paper).
 
   Attributes:
-    num_heads: heads; they are contiguous slices of the channels.
-    qk_factor: channels of q and k, relative to the width.
-    v_factor: channels of v and the output gate, relative to the width.
-    gate_cap: soft cap of the gate pre-activations; None for none.
-    input_gate: exponential with stabiliser, or sigmoid.
-    input_gate_bias: starting bias of the input gate; None for N(0, 0.1^2).
-    normalize: divide by the normaliser state.
-    qk_norm: RMS-normalise q and k in every head.
-    eps: added to the cell's normaliser.
-    bias: add biases to the projections (gates always have one).
+    num_heads: Number of heads, which are contiguous slices of the channels.
+    qk_factor: Channels of q and of k, relative to the width.
+    v_factor: Channels of v and of the output gate, relative to the width.
+    gate_cap: Soft cap of the gate pre-activations; None for none.
+    input_gate: Exponential with stabiliser, or sigmoid.
+    input_gate_bias: Initial bias of the input gate; None draws it from
+      N(0, 0.1^2).
+    normalize: Whether outputs are divided by the normaliser.
+    qk_norm: Whether q and k are RMS-normalised in every head.
+    eps: Number added to the cell's normaliser.
+    bias: Whether the projections have biases (the gates always do).
   """
 
   num_heads: int = ranged(8, at_least=1)

@@ -30,15 +30,15 @@ class SLSTMConfig:
 
   Attributes:
     cell: "slstm", or "lstm" for its textbook ancestor in the same block.
-    num_heads: heads; recurrence stays within a head.
-    conv_window: of the causal convolution before the input and forget gates;
-      0 for none.
-    recurrent_init: of the recurrent weights: zeros, or U(+-1/sqrt(width)).
-    bias_init: of the gate biases: the paper's power law of the forget gate,
+    num_heads: Number of heads. The recurrence stays within a head.
+    conv_window: Window of the causal convolution before the input and forget
+      gates; 0 for none.
+    recurrent_init: Initial recurrent weights: zeros, or U(+-1/sqrt(width)).
+    bias_init: Initial gate biases: the paper's power law for the forget gate,
       which depends on the block's depth; forget gates from 3 to 6; or
       U(+-1/sqrt(width)).
-    head_norm_scale: the head norm has a learned scale.
-    feedforward: A feed-forward follows the mixer in its block.
+    head_norm_scale: Whether the head norm has a learned scale.
+    feedforward: Whether a feed-forward follows the mixer in its block.
   """
 
   cell: Literal["slstm", "lstm"] = "slstm"
@@ -60,7 +60,7 @@ _UNITS = ("batch", "heads", None)
 
 
 class _Cell(NamedTuple):
-  """The function of a cell, its forms, and the axes of its state."""
+  """The function of a cell, its backends, and the axes of its state."""
 
   run: Callable[..., Any]
   registry: Registry
@@ -80,7 +80,7 @@ _CELLS = {
 
 
 def slstm_cell(cfg: SLSTMConfig, share: Share, compute: Compute) -> Cell:
-  """The cell of the mixer as a device runs it."""
+  """The cell of the mixer, with the shapes that one device computes."""
   run, registry, _ = _CELLS[cfg.cell]
   shapes = Shapes(
     B=share.B,
@@ -107,7 +107,7 @@ class SLSTMState(NamedTuple):
 class SLSTM(nnx.Module):
   """The mixer between a post-up-projection block's norm and its residual.
 
-  Along G, gates are in the order i, f, z, o.
+  Along G, the gates are in the order i, f, z, o.
   """
 
   def __init__(
@@ -204,7 +204,7 @@ class SLSTM(nnx.Module):
     return y_BTD, SLSTMState(conv_state, cell_state)
 
   def _recur(self, gates_BTGHD, segments_BT, state):
-    """The cell; every device runs it on its rows and heads."""
+    """Runs the cell; every device does so on its rows and heads."""
     run, registry, axes = _CELLS[self.cfg.cell]
     backend = getattr(self.compute, registry.setting)
 
@@ -237,7 +237,7 @@ class SLSTM(nnx.Module):
 
 
 def _power_law(D: int, depth: Depth) -> jax.Array:
-  """Forget biases 5 ... -7 over a head's units, flatter in early blocks."""
+  """Forget biases from 5 to -7 over a head's units, flatter in early blocks."""
   share = depth.at / max(depth.blocks - 1, 1)
   units_D = jnp.arange(D) / max(D - 1, 1)
   return 5 - 12 * units_D ** (0.3 + 1.3 * share)

@@ -1,4 +1,4 @@
-"""Residual blocks: a mixer behind a norm, and a feed-forward where due."""
+"""Residual blocks: a norm and a mixer, then a norm and a feed-forward."""
 
 from typing import Any
 
@@ -18,13 +18,13 @@ from xlstm_jax.sharding import constrain
 class Block(nnx.Module):
   """`x + mixer(norm(x))`, then `x + feedforward(norm(x))`.
 
-  Some kinds have no feed-forward: the paper's mLSTM block, for one, projects
-  up inside its mixer.
+  Some kinds have no feed-forward. The paper's mLSTM block, for example,
+  projects up inside its mixer.
 
   Args:
-    cfg: the model's.
-    kind: the block's.
-    index: of the block among all blocks; it may be traced.
+    cfg: the model's configuration.
+    kind: the block's kind.
+    index: the block's index among all blocks; it may be traced.
   """
 
   def __init__(
@@ -96,11 +96,12 @@ class Block(nnx.Module):
 
 
 def pinned(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-  """The residual stream's sharding: channels are whole on every device.
+  """Pins the residual stream's sharding: every device has all channels.
 
-  At both ends of every weight matmul, since XLA (jax 0.12.0) silently computes
-  x[B: data fsdp, F: tensor] @ W[D: fsdp, F: tensor]^T wrongly where it is free
-  to split the result's channels over tensor; so it did in backward passes.
+  This is needed at both ends of every weight matmul. If XLA (jax 0.12.0) is
+  free to split the result's channels over "tensor", it silently computes
+  x[B: data fsdp, F: tensor] @ W[D: fsdp, F: tensor]^T wrongly, as it did in
+  backward passes.
   """
   return constrain(x_BTD, "batch", "time", None)
 

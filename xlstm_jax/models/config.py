@@ -1,4 +1,4 @@
-"""What a language model is: every choice that changes the function."""
+"""The configuration of a language model: all that changes its function."""
 
 import dataclasses
 from typing import Any, Literal
@@ -20,25 +20,28 @@ class ModelConfig(Mixers):
   `Mixers` has the configuration of every kind's mixer.
 
   Attributes:
-    vocab_size: rows of the embedding; at least the tokenizer's.
-    width: channels of the residual stream.
-    num_blocks: blocks, of all kinds.
-    mlstm_block: "paper" (pre-up-projection, no feed-forward) or "large" (the
-      7B model's, with a feed-forward after it).
-    slstm_at: indices of the blocks that are sLSTM; the others are mLSTM.
-    pattern: Kinds of the blocks, from the first on and over again, for models
-      of any kinds of blocks; () for those that mlstm_block and slstm_at name.
-    feedforward: of the blocks that have one: sLSTM blocks where
+    vocab_size: Rows of the embedding; at least the number of the tokenizer's
+      ids.
+    width: Channels of the residual stream.
+    num_blocks: Number of blocks, of all kinds together.
+    mlstm_block: Which block the mLSTM has: "paper" (pre-up-projection, no
+      feed-forward) or "large" (the 7B model's, followed by a feed-forward).
+    slstm_at: Indices of the blocks that are sLSTM; the others are mLSTM.
+    pattern: Kinds of the blocks, repeated from the first block on, for models
+      of any kinds of blocks; () for the blocks that mlstm_block and slstm_at
+      name.
+    feedforward: The feed-forward of the blocks that have one: sLSTM blocks if
       `slstm.feedforward` is set, and "large" mLSTM blocks.
-    norm: before mixers and feed-forwards, and after the last block.
-    head_norm: of the cells' outputs, per head.
-    out_norm: norm after the last block.
-    out_norm_bias: that norm has a bias where `norm` has one.
-    post_norm: norm each branch's output before it joins the residual stream.
-    tie_embeddings: the vocabulary projection is the embedding.
-    logit_cap: soft cap of the logits; None for none.
-    dropout: of branch outputs.
-    embedding_dropout: apply `dropout` to the embeddings too.
+    norm: The norm before mixers and feed-forwards, and after the last block.
+    head_norm: The norm of the cells' outputs, per head.
+    out_norm: Whether a norm follows the last block.
+    out_norm_bias: Whether that norm has a bias if `norm` has one.
+    post_norm: Whether each branch's output is normed before it joins the
+      residual stream.
+    tie_embeddings: Whether the embedding is the vocabulary projection too.
+    logit_cap: Soft cap of the logits; None for none.
+    dropout: Dropout rate of branch outputs.
+    embedding_dropout: Whether `dropout` applies to the embeddings too.
   """
 
   vocab_size: int = 50304
@@ -59,12 +62,12 @@ class ModelConfig(Mixers):
   embedding_dropout: bool = False
 
   def __post_init__(self):
-    """Refuses what no model can be.
+    """Refuses values that no model can have.
 
     Raises:
-      UserError: a size below 1 or no integer, sLSTM positions that are no
-        integers or outside the model, or a pattern of unknown kinds, of more
-        blocks than there are, or beside another choice of blocks.
+      UserError: a size is below 1 or not an integer; an sLSTM position is not
+        an integer or lies outside the model; or a pattern has unknown kinds,
+        is longer than the model, or comes with another choice of blocks.
     """
     for field in ("vocab_size", "width", "num_blocks"):
       value = getattr(self, field)
@@ -133,13 +136,13 @@ class ModelConfig(Mixers):
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-  """Consecutive blocks that repeat: `unit` stands `repeats` times.
+class Stack:
+  """Consecutive blocks that repeat: the blocks of `unit`, `repeats` times.
 
   Attributes:
-    start: index of the first block.
-    unit: kinds of the blocks of one repetition.
-    repeats: how often it stands.
+    start: Index of the first block.
+    unit: Kinds of the blocks of one repetition.
+    repeats: Number of repetitions.
   """
 
   start: int
@@ -147,20 +150,22 @@ class Run:
   repeats: int
 
 
-def runs(kinds: tuple[str, ...]) -> tuple[Run, ...]:
-  """The model as runs: of the repeating pattern, else of one kind each.
+def stacks(kinds: tuple[str, ...]) -> tuple[Stack, ...]:
+  """The model as stacks: one of the repeating pattern, or one per kind.
 
-  This alone decides the shape of the parameter tree: the parameters of the
-  `repeats` blocks at one place of a run are stacked along a leading axis.
+  A model whose blocks repeat as a whole is one stack. Any other model has one
+  for every stretch of blocks of one kind. This alone decides the shape of the
+  parameter tree: the parameters of the `repeats` blocks at one place of a stack
+  are stacked along a leading axis.
   """
   for period in range(1, len(kinds) // 2 + 1):
     repeats = len(kinds) // period
     if kinds == kinds[:period] * repeats:
-      return (Run(0, kinds[:period], repeats),)
+      return (Stack(0, kinds[:period], repeats),)
   found = []
   for at, kind in enumerate(kinds):
     if found and found[-1].unit == (kind,):
       found[-1] = dataclasses.replace(found[-1], repeats=found[-1].repeats + 1)
     else:
-      found.append(Run(at, (kind,), 1))
+      found.append(Stack(at, (kind,), 1))
   return tuple(found)

@@ -1,8 +1,8 @@
-"""How many parameters a model has and how many FLOPs a token costs.
+"""The number of a model's parameters, and of FLOPs per token.
 
-One multiply-accumulate is two FLOPs. Matrix products count, and the mLSTM
-cell's; norms and activations do not. Training is three forward passes,
-whatever is recomputed.
+One multiply-accumulate is two FLOPs. Matrix products count, those of the mLSTM
+cell included; norms and activations do not. Training counts as three forward
+passes, whatever is recomputed.
 """
 
 import math
@@ -27,9 +27,9 @@ def train_flops_per_token(
 
   Args:
     cfg: the model.
-    context: tokens per sequence; it matters to the parallel form alone.
-    chunk: of the chunkwise mLSTM, counted as 64 wherever models are compared;
-      None counts the parallel form. Both count the causal half alone.
+    context: tokens per sequence, which matter only to the parallel form.
+    chunk: tokens per chunk of the chunkwise mLSTM; 64 wherever models are
+      compared. None counts the parallel form. Only the causal half counts.
   """
   head = 2 * cfg.width * cfg.vocab_size
   blocks = sum(_block(cfg, kind, context, chunk) for kind in cfg.kinds)

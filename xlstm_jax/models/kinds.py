@@ -1,7 +1,7 @@
-"""The kinds of blocks: of each, all that the rest of the framework asks.
+"""The kinds of blocks, with all that the framework asks about each of them.
 
 A new kind is a file in `mixers/`, and here a field of `Mixers` and a row of
-`KINDS` of the same name. `model.pattern` then builds models of it.
+`KINDS` with the same name. `model.pattern` then builds models with it.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ class Mixers:
   """The configuration of every kind's mixer, under the kind's name.
 
   Attributes:
-    mlstm: the mixer of "paper" mLSTM blocks.
-    mlstm_large: the mixer of "large" mLSTM blocks.
-    slstm: the mixer of sLSTM blocks.
+    mlstm: The mixer of "paper" mLSTM blocks.
+    mlstm_large: The mixer of "large" mLSTM blocks.
+    slstm: The mixer of sLSTM blocks.
   """
 
   mlstm: MLSTMConfig = MLSTMConfig()
@@ -39,27 +39,28 @@ def _no_problems(cfg: Any, width: int, *, tensor: int) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """What is asked about a kind of block.
+  """What the framework asks about a kind of block.
 
   The functions take the kind's configuration first.
 
   Attributes:
-    mixer: Builds the mixer: `mixer(cfg, width, *, depth, head_norm, dropout,
-      compute, rngs)`.
-    feedforward: `feedforward(cfg)`: whether a feed-forward follows the mixer.
-    flops: `flops(cfg, width, *, context, chunk)`: FLOPs per token of the
-      mixer's forward pass, in rows of `context` tokens; `chunk` as in
-      `counts.train_flops_per_token`.
+    mixer: `mixer(cfg, width, *, depth, head_norm, dropout, compute, rngs)`
+      builds the mixer.
+    feedforward: `feedforward(cfg)` says whether a feed-forward follows the
+      mixer.
+    flops: `flops(cfg, width, *, context, chunk)` is the number of FLOPs per
+      token of the mixer's forward pass, in rows of `context` tokens; `chunk` is
+      as in `counts.train_flops_per_token`.
     heads: The field of the configuration with the number of heads, over which
       tensor parallelism splits the mixer; None if every device of that axis
-      computes all of it.
-    time_overlap: `time_overlap(cfg)`: the tokens before its own that a device
-      needs where time is split over devices, such as those in the window of a
-      convolution. None if time cannot be split.
-    cell: `cell(cfg, share, compute)`: the cell as a device runs it, which may
-      have kernels; None if the mixer has none.
-    problems: `problems(cfg, width, *, tensor)`: a sentence on each thing that
-      does not fit the width, or `tensor` devices that split the heads.
+      computes the whole mixer.
+    time_overlap: `time_overlap(cfg)` is the number of tokens before its own
+      that a device needs if time is split over devices, such as those in the
+      window of a convolution. None if time cannot be split.
+    cell: `cell(cfg, share, compute)` is the cell that a device runs, which may
+      have kernels; None if the mixer has no cell.
+    problems: `problems(cfg, width, *, tensor)` yields a sentence for each thing
+      that does not fit the width, or `tensor` devices that split the heads.
   """
 
   mixer: Callable[..., nnx.Module]
@@ -109,6 +110,6 @@ def has_memory(kind: str) -> bool:
 def xlstm_kinds(
   mlstm_block: str, slstm_at: tuple[int, ...], num_blocks: int
 ) -> tuple[str, ...]:
-  """The kinds of an xLSTM's blocks: mLSTM, but for sLSTM at some places."""
+  """The kinds of an xLSTM's blocks: sLSTM at `slstm_at`, mLSTM elsewhere."""
   mlstm = {"paper": "mlstm", "large": "mlstm_large"}[mlstm_block]
   return tuple("slstm" if at in slstm_at else mlstm for at in range(num_blocks))

@@ -14,19 +14,19 @@ from xlstm_jax.layers.embedding import Embedding, attend
 from xlstm_jax.layers.linear import dropout, soft_cap
 from xlstm_jax.layers.norm import Norm
 from xlstm_jax.models.blocks import Block, pinned
-from xlstm_jax.models.config import ModelConfig, Run, runs
+from xlstm_jax.models.config import ModelConfig, Stack, stacks
 from xlstm_jax.sharding import constrain
 
-# A nested dict of arrays (or of what stands for them), keyed by strings.
+# A nested dict of arrays (or of their shapes or shardings), keyed by strings.
 Params = dict[str, Any]
 State = dict[str, Any]
 
 
 class LanguageModel(nnx.Module):
-  """Embedding, runs of residual blocks, norm, vocabulary projection.
+  """Embedding, stacks of residual blocks, norm, vocabulary projection.
 
-  The parameters of the blocks that repeat at one place of a run are stacked
-  along a leading axis G, whether the run is scanned or not; see `config.runs`.
+  The parameters of the blocks that repeat at one place of a stack have a
+  leading axis G, whether the stack is scanned or not (`config.stacks`).
   """
 
   def __init__(self, cfg: ModelConfig, *, compute: Compute, rngs: nnx.Rngs):
@@ -37,8 +37,8 @@ class LanguageModel(nnx.Module):
     )
     self.blocks = nnx.Dict(
       {
-        str(run.start): _stacked(cfg, run, compute=compute, rngs=rngs)
-        for run in runs(cfg.kinds)
+        str(stack.start): _stacked(cfg, stack, compute=compute, rngs=rngs)
+        for stack in stacks(cfg.kinds)
       }
     )
     norm = dataclasses.replace(
@@ -67,9 +67,9 @@ class LanguageModel(nnx.Module):
 
     Args:
       tokens_BT: token ids.
-      segments_BT: the document of each token: from 1, never decreasing; 0 is
+      segments_BT: the document of each token, from 1 and never decreasing; 0 is
         trailing padding. Without it every token continues the state.
-      state: what an earlier call returned; None is the empty past.
+      state: the state that an earlier call returned; None is the empty past.
       dropout_key: a key for every row [B]; None turns dropout off.
     """
     x_BTD = self.embedding(tokens_BT)
@@ -78,10 +78,10 @@ class LanguageModel(nnx.Module):
       x_BTD = dropout(x_BTD, self.cfg.dropout, key)
     x_BTD = pinned(x_BTD)
     new_state = {}
-    for run in runs(self.cfg.kinds):
-      name = str(run.start)
-      x_BTD, new_state[name] = self._run(
-        run,
+    for stack in stacks(self.cfg.kinds):
+      name = str(stack.start)
+      x_BTD, new_state[name] = self._apply(
+        stack,
         x_BTD,
         segments_BT=segments_BT,
         state=state[name] if state is not None else None,
@@ -92,37 +92,37 @@ class LanguageModel(nnx.Module):
     return x_BTD, new_state
 
   def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T Z"]:
-    """Capped logits in fp32 of what the model returned."""
+    """Capped fp32 logits of the hidden vectors that the model returned."""
     scores_BTZ = attend(self.vocabulary_weight(), pinned(x_BTD))
     logits_BTZ = soft_cap(scores_BTZ, self.cfg.logit_cap)
     return constrain(logits_BTZ, "batch", "time", "vocabulary")
 
   def vocabulary_weight(self) -> Float[Array, "Z D"]:
-    """What the vocabulary projection reads, in the compute dtype."""
+    """The weight of the vocabulary projection, in the compute dtype."""
     head = self.head if self.head is not None else self.embedding
     return head.rows()
 
   def empty_state(self, batch: int) -> State:
-    """The empty past of `batch` rows, as an array for every state."""
+    """The empty past of `batch` rows, as the arrays of every state."""
 
-    def stack(block, repeats):
+    def repeated(block, repeats):
       return jax.tree.map(
         lambda x: jnp.broadcast_to(x, (repeats, *x.shape)),
         block.mixer.empty_state(batch),
       )
 
     return {
-      str(run.start): {
-        place: stack(block, run.repeats)
-        for place, block in self.blocks[str(run.start)].items()
+      str(stack.start): {
+        place: repeated(block, stack.repeats)
+        for place, block in self.blocks[str(stack.start)].items()
       }
-      for run in runs(self.cfg.kinds)
+      for stack in stacks(self.cfg.kinds)
     }
 
-  def _run(self, run: Run, x_BTD, *, segments_BT, state, dropout_key):
-    """Applies the blocks of a run, one repetition after the other."""
+  def _apply(self, stack: Stack, x_BTD, *, segments_BT, state, dropout_key):
+    """Applies the blocks of a stack, one repetition after the other."""
     definitions, params = {}, {}
-    for place, block in self.blocks[str(run.start)].items():
+    for place, block in self.blocks[str(stack.start)].items():
       definitions[place], params[place] = nnx.split(block)
 
     def repetition(x_BTD, scanned):
@@ -143,12 +143,12 @@ class LanguageModel(nnx.Module):
       if self.compute.remat == "matmuls":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
       repetition = jax.checkpoint(repetition, policy=policy)
-    indices = run.start + len(run.unit) * jnp.arange(run.repeats)
+    indices = stack.start + len(stack.unit) * jnp.arange(stack.repeats)
     scanned = (indices, params, state)
-    if self.compute.scan and run.repeats > 1:
+    if self.compute.scan and stack.repeats > 1:
       return jax.lax.scan(repetition, x_BTD, scanned)
     states = []
-    for g in range(run.repeats):
+    for g in range(stack.repeats):
       one = jax.tree.map(lambda x, g=g: x[g], scanned)
       x_BTD, new_state = repetition(x_BTD, one)
       states.append(new_state)
@@ -167,7 +167,7 @@ class Definition:
   compute: Compute = Compute()
 
   def init(self, key: jax.Array) -> Params:
-    """Freshly drawn parameters; the same for every mesh and `compute`."""
+    """Newly drawn parameters; the same for every mesh and `compute`."""
     model = LanguageModel(self.cfg, compute=self.compute, rngs=nnx.Rngs(key))
     return nnx.to_pure_dict(nnx.split(model)[1])
 
@@ -208,17 +208,17 @@ def _abstract(cfg: ModelConfig, compute: Compute):
   return jax.eval_shape(create)
 
 
-def _stacked(cfg: ModelConfig, run: Run, *, compute, rngs):
-  """The blocks of a run; each is drawn from a key of its own."""
+def _stacked(cfg: ModelConfig, stack: Stack, *, compute, rngs):
+  """The blocks of a stack; each is drawn from a key of its own."""
   blocks = {}
-  for at, kind in enumerate(run.unit):
+  for at, kind in enumerate(stack.unit):
 
     def create(key, index, kind: str = kind):
       block = Block(cfg, kind, index, compute=compute, rngs=nnx.Rngs(key))
       return nnx.split(block)
 
-    indices = run.start + at + len(run.unit) * jnp.arange(run.repeats)
-    keys = jax.random.split(rngs.params(), run.repeats)
+    indices = stack.start + at + len(stack.unit) * jnp.arange(stack.repeats)
+    keys = jax.random.split(rngs.params(), stack.repeats)
     blocks[f"{at}_{kind}"] = nnx.merge(*jax.vmap(create)(keys, indices))
   return nnx.Dict(blocks)
 

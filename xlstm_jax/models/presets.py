@@ -6,8 +6,9 @@ from xlstm_jax.layers.norm import NormConfig
 from xlstm_jax.mixers.mlstm_large import MLSTMLargeConfig
 from xlstm_jax.models.config import ModelConfig
 
-# width, blocks, sLSTM positions of the [7:1] model. Those of 48 blocks are
-# seen in public configurations; those of 24 are recalled, not published.
+# Width, blocks, and sLSTM positions of the [7:1] model. The positions for 48
+# blocks stand in public configurations; those for 24 are recalled, not
+# published.
 PAPER = {
   "125M": (768, 24, (3, 20)),
   "350M": (1024, 48, (3, 5, 7, 40, 42, 44)),
@@ -16,7 +17,7 @@ PAPER = {
   "2.7B": (2560, 64, None),
 }
 
-# width, blocks, heads.
+# Width, blocks, heads.
 LARGE = {
   "165M": (768, 12, 4),
   "400M": (1024, 24, 4),
@@ -31,7 +32,7 @@ def paper(size: str, ratio: str = "1:0") -> ModelConfig:
 
   Args:
     size: a key of `PAPER`.
-    ratio: "1:0" for mLSTM blocks alone, "7:1" for sLSTM at the paper's places.
+    ratio: "1:0" for mLSTM blocks only, "7:1" for sLSTM at the paper's places.
 
   Raises:
     UserError: there is no such model.

@@ -14,8 +14,8 @@ from xlstm_jax.plan import machines, program
 from xlstm_jax.plan.program import Plan
 
 DESCRIPTION = """\
-Compiles the very training step of an experiment for a machine that need not be
-there, and prints what it takes: memory by kind, FLOPs, communication.
+Compiles the training step of an experiment for a machine that you do not need
+to have, and prints what the step takes: memory by kind, FLOPs, communication.
 """
 
 EPILOG = """\
@@ -24,7 +24,7 @@ topologies:
   'v5e:16x16*2'                   two such slices, with config.mesh.slices=2
   h100:8, h200:64                 GPUs, 8 to a node
 
-Compiling for TPUs takes libtpu, for GPUs jax-cuda13-plugin; both are in
+Compiling for TPUs needs libtpu, for GPUs jax-cuda13-plugin. This installs both:
   pip install -c constraints/newest.txt -e '.[plan]'
 On TPUs the mLSTM has a kernel, which no TPU has run yet; other cells have none.
 Of a GPU's memory JAX takes 75 %, or what XLA_CLIENT_MEM_FRACTION says.
@@ -74,10 +74,10 @@ def main(argv: list[str] | None = None) -> int:
     "--json",
     type=paths.argument(paths.new_file),
     metavar="FILE",
-    help="write the plan there as well",
+    help="also write the plan to this file",
   )
   options, overrides = parser.parse_known_args(argv)
-  # Tracing needs no accelerator: none is looked for.
+  # Tracing needs no accelerator, so JAX need not look for one.
   jax.config.update("jax_platforms", "cpu")
   cfg = config.from_experiment(options.config, overrides)
   machine = machines.machine(options.topology)
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _search(cfg: config.RunConfig, machine: machines.Machine) -> Plan:
-  """The best plan, or the last one tried where none fits."""
+  """The best plan, or the last one tried if none fits."""
   print("batch_size  remat     peak GiB  compile s")
   best = last = None
   for last in program.search(cfg, machine):

@@ -1,4 +1,4 @@
-"""What devices say to one another in a compiled program."""
+"""What devices send to one another in a compiled program."""
 
 import collections
 import dataclasses
@@ -16,8 +16,8 @@ KINDS = (
   "ragged-all-to-all",
   "reduce-scatter",
 )
-# Name of a computation by which TPU programs express one: an all-reduce and a
-# cut, carried out as one.
+# The computation by which TPU programs express a reduce-scatter: an all-reduce
+# and a slice, carried out together.
 _TPU_REDUCE_SCATTER = "all-reduce-scatter"
 
 _SHAPE = re.compile(r"\b(pred|bf16|f\d+\w*|[su]\d+)\[([\d,]*)\]")
@@ -40,10 +40,10 @@ class Collective:
   """An instruction that moves arrays between devices.
 
   Attributes:
-    kind: of `KINDS`.
-    arrays: what it makes on a device, and of a reduce-scatter what it takes; a
+    kind: One of `KINDS`.
+    arrays: Its results on a device, or the operands of a reduce-scatter. A
       combined instruction has several.
-    times: how often it runs in an execution of the program.
+    times: How often it runs in an execution of the program.
   """
 
   kind: str
@@ -52,7 +52,7 @@ class Collective:
 
   @property
   def bytes(self) -> int:
-    """Of all arrays in an execution of the program, on one device."""
+    """Bytes of all arrays in an execution of the program, on one device."""
     return self.times * sum(
       _bits(dtype) * math.prod(shape) // 8 for dtype, shape in self.arrays
     )
@@ -66,7 +66,7 @@ class Traffic(NamedTuple):
 
 
 def traffic(found: Iterable[Collective]) -> dict[str, Traffic]:
-  """What `collectives` found, added up by kind."""
+  """Collectives, added up by kind."""
   sums: dict[str, Traffic] = {}
   for one in found:
     times, total = sums.get(one.kind, Traffic(0, 0))
@@ -78,10 +78,10 @@ def collectives(hlo: str) -> list[Collective]:
   """The collectives of a compiled program between more than one device.
 
   Args:
-    hlo: the text of the optimized module, as `Compiled.as_text` returns it.
-      What stands in a loop counts as often as the loop runs; of a loop whose
-      length is not told, the bound in its condition is taken, as loops of JAX
-      and of the partitioner count from 0 by ones.
+    hlo: the text of the optimized module, as from `Compiled.as_text`. An
+      instruction in a loop counts as often as the loop runs. If the text does
+      not state a loop's length, it is the bound in its condition, because loops
+      of JAX and of the partitioner count from 0 by ones.
   """
   computations, entry = _computations(hlo)
   return [
@@ -150,7 +150,7 @@ def _bound(computations: dict[str, list[str]], line: str) -> int:
 def _collectives_of(
   lines: list[str],
 ) -> Iterator[tuple[str, tuple[Array, ...]]]:
-  """Kind and arrays of the collectives that stand in a computation."""
+  """Kind and arrays of the collectives in a computation."""
   named: dict[str, tuple[Array, ...]] = {}
   for line in lines:
     instruction = _INSTRUCTION.match(line)
@@ -166,14 +166,14 @@ def _collectives_of(
       operands = re.findall(r"%([\w.-]+)", operation[2])
       results = tuple(a for name in operands for a in named.get(name, ()))
     elif operation[1] in ("all-gather-start", "collective-permute-start"):
-      # Their results are the operands, what is made of them, and contexts.
+      # Their results are the operands, the actual results, and contexts.
       results = tuple(a for a in results if a != ("u32", ()))
       results = results[len(results) // 2 :]
     yield kind, results
 
 
 def _arrays(types: str) -> tuple[Array, ...]:
-  """All arrays in the text of a type."""
+  """All arrays that the text of a type names."""
   return tuple(
     (dtype, tuple(int(n) for n in dims.split(",") if n))
     for dtype, dims in _SHAPE.findall(types)
@@ -187,7 +187,7 @@ def _bits(dtype: str) -> int:
 
 
 def _alone(line: str) -> bool:
-  """Whether every group is a single device, as over mesh axes of size 1."""
+  """Whether every group has a single device, as over mesh axes of size 1."""
   if groups := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
     sizes = dict(re.findall(r"('\w+')=(\d+)", groups[1]))
     return all(sizes[axis] == "1" for axis in groups[2].split(","))

@@ -1,4 +1,4 @@
-"""Machines that can be compiled for without having them."""
+"""Machines for which programs can be compiled without having them."""
 
 import dataclasses
 import importlib.util
@@ -17,10 +17,11 @@ class Machine:
   """Devices that programs are compiled for.
 
   Attributes:
-    name: as the user wrote it.
-    devices: descriptions; arrays cannot be put on them.
-    memory: bytes that a program may use on a device.
-    device_memory: bytes of which these are a share that the user can change.
+    name: The name as the user wrote it.
+    devices: Descriptions of the devices, on which no array can be put.
+    memory: Bytes that a program may use on a device.
+    device_memory: Bytes of a device, of which `memory` is a share that the user
+      can change.
   """
 
   name: str
@@ -29,7 +30,7 @@ class Machine:
   device_memory: int
 
 
-# Bytes that libtpu leaves to a program: what it printed on refusing one that
+# Bytes that libtpu leaves to a program, as it printed when it refused one that
 # was too large.
 _TPU_MEMORY = {
   "v5e": int(15.75 * 2**30),
@@ -37,8 +38,8 @@ _TPU_MEMORY = {
   "v6e": int(31.24 * 2**30),
 }
 
-# Else libtpu waits for other processes that use it, asks the network what
-# machine this is, and complains that there is no answer.
+# Without these, libtpu waits for other processes that use it, asks the network
+# what machine this is, and complains that there is no answer.
 _LIBTPU = {
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
   "TPU_SKIP_MDS_QUERY": "true",
@@ -53,14 +54,15 @@ _DIMENSIONS = {2: "two", 3: "three"}
 
 _GPUS_PER_NODE = 8
 
-# Of a GPU's memory, what JAX allocates from; the first is the name of today.
+# Variables for the share of a GPU's memory that JAX allocates from; the first
+# is the current name.
 FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _FRACTION = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
 class _GPU:
-  """What tells one GPU of compute capability 9.0 from another."""
+  """What distinguishes GPUs of compute capability 9.0."""
 
   description: str
   memory: int
@@ -68,7 +70,7 @@ class _GPU:
   clock_ghz: float
 
 
-# Memory and bandwidth as the maker states them, in bytes and bytes/s.
+# Memory and bandwidth as the manufacturer states them, in bytes and bytes/s.
 _GPUS = {
   "h100": _GPU("NVIDIA H100 80GB HBM3", 85_017_493_504, 3_350 * 10**9, 1.98),
   "h200": _GPU("NVIDIA H200", 150_754_820_096, 4_800 * 10**9, 1.98),
@@ -102,11 +104,10 @@ device_description_str: "{description}"
 
 
 def machine(topology: str) -> Machine:
-  """The machine of a name such as "v5e:16x16", "v5e:16x16*2" or "h200:64".
+  """The machine with a name such as "v5e:16x16", "v5e:16x16*2" or "h200:64".
 
   Raises:
-    UserError: there is no such machine, or what compiles for it is not
-      installed.
+    UserError: there is no such machine, or its compiler is not installed.
   """
   kind, _, size = topology.partition(":")
   if kind in _TPU_MEMORY:

@@ -1,4 +1,4 @@
-"""The training step of a configuration on a described machine."""
+"""The training step of a configuration, compiled for a described machine."""
 
 import dataclasses
 import math
@@ -19,41 +19,43 @@ from xlstm_jax.train import kernels, memory
 from xlstm_jax.train import state as states
 from xlstm_jax.train import step as steps
 
-# Policies of `Compute.remat`, from nothing recomputed to everything.
+# Values of `Compute.remat`, from nothing recomputed to everything.
 REMAT = ("none", "matmuls", "block")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What compiling said. Bytes are those of one device.
+  """What compiling found; bytes are those of one device.
 
   Attributes:
-    topology: name of the machine.
+    topology: Name of the machine.
     platform: "tpu" or "gpu".
-    device_kind: of its devices.
-    devices: how many.
-    mesh: devices along each axis.
-    batch_size: rows of a step.
-    context: tokens of a row.
-    accumulation: parts of a step.
-    remat: what the backward pass recomputes.
-    backends: Of each cell, by its name.
+    device_kind: Kind of its devices.
+    devices: Number of its devices.
+    mesh: Number of devices along each axis.
+    batch_size: Rows of a step.
+    context: Tokens of a row.
+    accumulation: Number of parts of a step.
+    remat: What the backward pass recomputes.
+    backends: The backend of each cell, by the cell's name.
     kernels: The cells whose backend is a kernel.
     without_kernel: The cells for which no kernel is written on this platform.
-    parameters: of the model.
-    flops_per_token: of the model, forward and backward, without recomputation.
-    seconds_at_peak: of a step, if all devices did those FLOPs at their peak.
-    parameter_bytes: stored parameters.
-    optimizer_bytes: stored moments.
-    batch_bytes: input.
-    temporary_bytes: gradients, activations and whatever else lives only in
-      the step; None where the compiler gave up.
-    program_bytes: the code.
-    peak_bytes: all of it, as far as it lives at once.
-    memory: what a program may use.
-    device_memory: of which `memory` is a share.
-    collectives: by kind.
-    compile_seconds: taken to lower and compile, here.
+    parameters: Number of the model's parameters.
+    flops_per_token: FLOPs of the model, forward and backward, without
+      recomputation.
+    seconds_at_peak: Time of a step if all devices did those FLOPs at their
+      peak; None if that is unknown.
+    parameter_bytes: Size of the stored parameters.
+    optimizer_bytes: Size of the stored moments.
+    batch_bytes: Size of the input.
+    temporary_bytes: Size of gradients, activations and everything else that
+      lives only in the step; None if the compiler gave up.
+    program_bytes: Size of the code; None if the compiler gave up.
+    peak_bytes: Largest size of all that lives at the same time.
+    memory: Memory that a program may use.
+    device_memory: Memory of the device, of which `memory` is a share.
+    collectives: Communication, by kind.
+    compile_seconds: Time to lower and compile on this machine.
   """
 
   topology: str
@@ -84,7 +86,7 @@ class Plan:
 
   @property
   def fits(self) -> bool:
-    """Whether a device has that much memory."""
+    """Whether the step fits into a device's memory."""
     return self.temporary_bytes is not None and self.peak_bytes <= self.memory
 
 
@@ -92,7 +94,8 @@ def plan(cfg: RunConfig, machine: Machine) -> Plan:
   """Compiles the step that `train` would run, for the machine.
 
   Raises:
-    UserError: the configuration does not fit together, or not the machine.
+    UserError: the configuration contradicts itself, or does not fit the
+      machine.
   """
   config.validate(cfg, None, len(machine.devices))
   definition = Definition(cfg.model, cfg.compute)
@@ -147,7 +150,7 @@ def plan(cfg: RunConfig, machine: Machine) -> Plan:
 
 
 def bytes_per_device(tree: Any) -> int:
-  """Bytes that one device holds of a tree of arrays with shardings."""
+  """Bytes of a tree of arrays with shardings on one device."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     for x in jax.tree.leaves(tree)
@@ -155,7 +158,7 @@ def bytes_per_device(tree: Any) -> int:
 
 
 class _Memory(NamedTuple):
-  """Fields of a `Plan` without their "_bytes"."""
+  """Fields of a `Plan`, without their suffix "_bytes"."""
 
   temporary: int | None
   program: int | None
@@ -163,7 +166,7 @@ class _Memory(NamedTuple):
 
 
 def _compile(lowered: Any) -> tuple[_Memory, dict[str, Traffic]]:
-  """What the compiled step takes, and its collectives."""
+  """The memory that the compiled step takes, and its collectives."""
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
@@ -181,10 +184,10 @@ def _compile(lowered: Any) -> tuple[_Memory, dict[str, Traffic]]:
 
 
 def out_of_memory(message: str) -> int | None:
-  """The bytes of which a compiler says that the device does not have them.
+  """The bytes that a device would need, from a compiler's error message.
 
-  None if the message is of something else, as of VMEM, which no smaller batch
-  makes room in.
+  None if the message is about something else, such as VMEM, which a smaller
+  batch does not relieve.
   """
   needed = re.search(
     r"Ran out of memory (?:on|in memory space) hbm\b.*?(\d[\d.]*)([KMGT])",
@@ -199,11 +202,11 @@ def out_of_memory(message: str) -> int | None:
 def search(cfg: RunConfig, machine: Machine) -> Iterator[Plan]:
   """Compiles with larger and larger batches, recomputing as little as possible.
 
-  The batch begins with one row per share of the mesh and accumulation part,
-  and doubles until it does not fit; the largest multiple of the first batch
-  that fits is then found by bisection. The next policy, which recomputes more,
-  begins with the smallest that did not. The last plan that fits has the
-  largest batch, and of the policies under which it fits the one that
+  The batch starts with one row per share of the mesh and accumulation part, and
+  doubles until it does not fit. Bisection then finds the largest multiple of
+  the first batch that fits. The next policy, which recomputes more, starts with
+  the smallest batch that did not fit. So the last plan that fits has the
+  largest batch, and among the policies under which it fits, the one that
   recomputes least.
   """
   sizes = dict(

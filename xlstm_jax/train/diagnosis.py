@@ -1,8 +1,8 @@
-"""How many tokens rule the mLSTMs' memories in a run.
+"""How many tokens dominate the mLSTMs' memories in a run.
 
-Where few do, rounding costs most: C^T q and n^T q are then far smaller, for
-some q, than the numbers they are made of. `parts_of_states` in
-`xlstm_jax/cells/mlstm/pallas_gpu_gates.py` has the reasoning.
+Where few do, rounding costs most: for some q, C^T q and n^T q are then far
+smaller than the numbers that they are sums of. `parts_of_states` in
+`xlstm_jax/cells/mlstm/scales.py` has the reasoning.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from xlstm_jax.cells.documents import documents
 from xlstm_jax.cells.mlstm.gates import log_gates
-from xlstm_jax.cells.mlstm.pallas_gpu_blocks import CHUNKS
-from xlstm_jax.cells.mlstm.pallas_gpu_gates import parts_of_states, scales
+from xlstm_jax.cells.mlstm.hopper.block_sizes import CHUNKS
+from xlstm_jax.cells.mlstm.scales import parts_of_states, scales
 from xlstm_jax.mixers.memory import Observation, observed
 from xlstm_jax.models.kinds import has_memory
 from xlstm_jax.models.language_model import Definition, Params
@@ -26,7 +26,7 @@ from xlstm_jax.train.step import Batch
 
 
 class Rule(NamedTuple):
-  """What rules the memories of a layer.
+  """How many tokens dominate the memories of a layer, and what follows.
 
   N is the number of chunks. At padding the first two are NaN.
   """
@@ -37,20 +37,20 @@ class Rule(NamedTuple):
 
 
 def figures(run: Run, params: Params, batch: Batch) -> dict[str, float]:
-  """What rules the memories of a model while it reads a batch.
+  """How many tokens dominate the memories of a model while it reads a batch.
 
-  A forward pass without dropout over the first accumulation part of the batch,
-  and one step per token and layer.
+  This takes a forward pass without dropout over the first accumulation part of
+  the batch, and one step per token and layer.
 
   Args:
-    run: whose model, on its mesh.
-    params: the model's.
-    batch: of a training step.
+    run: the run, with its model and its mesh.
+    params: the model's parameters.
+    batch: a batch of a training step.
 
   Returns:
-    Over all mLSTM blocks, and with "/INDEX" behind the name of each:
+    Figures over all mLSTM blocks and, with "/INDEX" after the name, of each:
     "memory/tokens_p01" and "memory/tokens_median", quantiles over tokens and
-    heads of the effective number of tokens that rule the memory;
+    heads of the effective number of tokens that dominate the memory;
     "memory/divides", the share of tokens and heads where the normaliser divides
     (0 without normaliser); "memory/two_parts", the share of states after chunks
     that the Hopper kernel keeps in two parts.
@@ -108,7 +108,7 @@ def summary(rule: Rule) -> dict[str, Array]:
 def rule(
   layer: Observation, segments_BT: Int[Array, "B T"], *, chunk: int
 ) -> Rule:
-  """What rules the memories of a layer, in chunks of so many tokens."""
+  """The `Rule` of a layer, in chunks of `chunk` tokens."""
   tokens = ("batch", None, "heads")
   return on_mesh(
     functools.partial(_rule, layer.cfg, chunk),
@@ -167,16 +167,16 @@ def followed(
   log_f_BTH: Float[Array, "B T H"],
   start_BT: Bool[Array, "B T"],
 ) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"]]:
-  """How many tokens rule every memory, and log |n^T q| K^-0.5.
+  """How many tokens dominate every memory, and log |n^T q| K^-0.5.
 
   Token s has the weight w = exp(log i_s + log f_{s+1} + ... + log f_t) in the
-  memory of token t. With N tokens of equal weight (sum of w^2)^2 / (sum of w^4)
-  is N. Neither result depends on the scale of the weights. They are kept
+  memory of token t. With N tokens of equal weight, (sum of w^2)^2 / (sum of
+  w^4) is N. Neither result depends on the scale of the weights. They are kept
   relative to the largest, exp(a), which unlike exp(m) is always one of them:
 
       a_t = max(log f_t + a_{t-1}, log i_t),  a = -inf where a document starts
 
-  All of it is float32.
+  Everything is float32.
   """
   q_BTHK, k_BTHK = (x.astype(jnp.float32) for x in (q_BTHK, k_BTHK))
   batch, _, heads, key_dim = q_BTHK.shape
@@ -186,7 +186,7 @@ def followed(
     q_BHK, k_BHK, log_i_BH, log_f_BH, start_B = inputs
     carried_BH = jnp.where(start_B[:, None], -jnp.inf, a_BH + log_f_BH)
     a_BH = jnp.maximum(carried_BH, log_i_BH)
-    # Before anything was written there is no largest.
+    # Before anything was written there is no largest weight.
     unit_BH = jnp.where(a_BH == -jnp.inf, 0, a_BH)
     keep_BH = jnp.exp(carried_BH - unit_BH)
     write_BH = jnp.exp(log_i_BH - unit_BH)

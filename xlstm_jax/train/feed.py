@@ -1,4 +1,4 @@
-"""Batches of the pipeline on the mesh, of which every process reads a part."""
+"""Puts batches of the pipeline on the mesh; every process reads a part."""
 
 import itertools
 import queue
@@ -19,12 +19,12 @@ from xlstm_jax.train.step import Batch
 class Feed:
   """Global batches in order, without those that rollbacks leave out.
 
-  A thread waits for the data, so that a wait can be given up.
+  A thread waits for the data, so that the wait can be abandoned.
 
   Args:
-    run: whose data.
+    run: the run whose data are read.
     position: number of the first batch.
-    rollbacks: of the run.
+    rollbacks: the run's rollbacks.
   """
 
   def __init__(self, run: Run, position: int, rollbacks: Sequence[Rollback]):
@@ -56,7 +56,7 @@ class Feed:
       return position, {name: self._place(x) for name, x in batch.items()}
 
   def close(self) -> None:
-    """Ends the thread, unless it waits for data that do not come."""
+    """Ends the thread, unless it waits for data that never come."""
     self._closed.set()
     self._thread.join(timeout=1)
 
@@ -110,9 +110,9 @@ def share(
 ) -> np.ndarray:
   """The rows of a batch that the devices of a process hold, in order.
 
-  They need not follow one another: a mesh lies on a TPU slice as its network
-  does, and the four chips of a host are a square in it. Processes whose devices
-  split heads or time read the same rows.
+  They need not be consecutive: a mesh follows the network of a TPU slice, in
+  which the four chips of a host form a square. Processes whose devices split
+  heads or time read the same rows.
   """
   held = where.devices_indices_map(shape)
   parts = [

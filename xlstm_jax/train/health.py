@@ -1,4 +1,4 @@
-"""What the losses say about a run: skipped updates, spikes, slow divergence."""
+"""Judges a run by its losses: skipped updates, spikes, slow divergence."""
 
 import dataclasses
 import math
@@ -14,9 +14,9 @@ class Finding:
   """Something that is wrong with a run.
 
   Attributes:
-    reason: what was seen.
-    step: after which.
-    serious: whether to go back to the last good checkpoint.
+    reason: What was seen.
+    step: The step after which it was seen.
+    serious: Whether to go back to the last good checkpoint.
   """
 
   reason: str
@@ -27,12 +27,12 @@ class Finding:
 class Health:
   """Judges the steps of a run one after the other.
 
-  A function of the losses alone: every process comes to the same findings, and
-  so does a run that continues from a checkpoint, which holds `to_json`.
+  Findings depend only on the losses. So every process reaches the same ones,
+  and so does a run that continues from a checkpoint, which holds `to_json`.
 
   Args:
-    cfg: what is too much.
-    saved: a `to_json`; None at the beginning.
+    cfg: the limits.
+    saved: a result of `to_json`; None at the beginning.
   """
 
   def __init__(self, cfg: HealthConfig, saved: dict[str, Any] | None = None):
@@ -48,7 +48,7 @@ class Health:
     self._levels: list[list[float]] = saved["levels"]
 
   def to_json(self) -> dict[str, Any]:
-    """All that later findings depend on."""
+    """Everything on which later findings depend."""
     return {
       "skipped": self._skipped,
       "losses": self._losses,
@@ -57,7 +57,7 @@ class Health:
     }
 
   def see(self, step: int, *, loss: float, grad_norm: float) -> Finding | None:
-    """Takes in a step, and says what is wrong if anything is."""
+    """Judges a step; None if nothing is wrong."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
       self._skipped += 1
       reason = (
@@ -89,14 +89,14 @@ class Health:
     )
 
   def _rise(self) -> str | None:
-    """Compares a new window of losses with that of `rise_windows` ago."""
+    """Compares a new window of losses with the one `rise_windows` ago."""
     now = [float(np.mean(self._losses)), float(np.var(self._losses))]
     back = self._cfg.rise_windows
     self._levels = [*self._levels, now][-back - 1 :]
     if len(self._levels) <= back:
       return None
     before = self._levels[0]
-    # Three standard errors: a loss that has settled is no news.
+    # Three standard errors, so that a loss that has settled gives no warning.
     margin = 3 * math.sqrt((now[1] + before[1]) / self._cfg.window)
     if now[0] <= before[0] + margin:
       return None

@@ -1,4 +1,4 @@
-"""The evaluation of a run on its held-out text."""
+"""Evaluates a run on its held-out text."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from xlstm_jax.train.run import Run
 
 
 def opened(cfg: RunConfig) -> list[Split]:
-  """The held-out splits of a run that evaluates."""
+  """The held-out splits of a run; empty if the run does not evaluate."""
   if cfg.eval_every is None:
     return []
   return pipeline.open_splits(cfg.data, split="heldout")
@@ -24,8 +24,8 @@ def scores(
   """The held-out loss, in total and of every source.
 
   Args:
-    run: whose text.
-    params: to score.
+    run: the run whose held-out text is scored.
+    params: the parameters to score.
     before_batch: called before every batch; may raise to end the evaluation.
   """
   cfg = run.cfg

@@ -1,4 +1,4 @@
-"""The compiled step of a run, and a look at its kernels before it trains."""
+"""Compiles the step of a run, and checks its kernels before it trains."""
 
 import concurrent.futures
 from typing import Any
@@ -16,16 +16,16 @@ from xlstm_jax.train.run import Run
 
 
 def checked_step(run: Run) -> Any:
-  """The compiled training step, on the current mesh, if it fits and is right.
+  """The compiled training step on the current mesh, checked before use.
 
-  Each kernel, whether it was named or "auto" chose it, is compared with the
-  native form at the run's shapes on a device. That takes an instant, but the
-  program has to be compiled: it is while XLA compiles the step. Of a kernel for
-  this platform that "auto" passes over it says why.
+  Each kernel, whether it was named or chosen by "auto", is compared with the
+  native form at the run's shapes on a device. That takes an instant, but its
+  program has to be compiled, which happens while XLA compiles the step. If
+  "auto" passes over a kernel for this platform, the reason is printed.
 
   Raises:
-    UserError: they disagree, a kernel refuses the device or the shapes, or the
-      step takes more memory than a device has.
+    UserError: a kernel disagrees with the native form, or refuses the device or
+      the shapes; or the step takes more memory than a device has.
   """
   kernels = _kernels(run)
   lowered = steps.compiled(run.definition, run.cfg, run.mesh).lower(
@@ -46,7 +46,7 @@ def checked_step(run: Run) -> Any:
 
 
 def _kernels(run: Run) -> list[tuple[Cell, Backend]]:
-  """The cells of the run that a kernel computes."""
+  """The cells of the run that kernels compute, with their kernels."""
   found = []
   for cell, backend in cells(run.cfg, run.mesh):
     registry = cell.registry
@@ -59,10 +59,10 @@ def _kernels(run: Run) -> list[tuple[Cell, Backend]]:
 
 
 def cells(cfg: RunConfig, mesh: Mesh) -> list[tuple[Cell, Backend]]:
-  """The cells of a training step, and what computes them on the current mesh.
+  """The cells of a training step, and their backends on the current mesh.
 
   Raises:
-    UserError: the configuration names a backend that cannot.
+    UserError: the configuration names a backend that cannot compute them.
   """
   share = Share(
     B=cfg.batch_size // cfg.accumulation // batch_shards(mesh),

@@ -46,17 +46,17 @@ def train(
 
   Args:
     cfg: the configuration.
-    workdir: the folder of the run.
-    stopped: tells when a signal asks the run to stop; None for never.
+    workdir: the run's workdir.
+    stopped: says when a signal asks the run to stop; None for never.
 
   Returns:
-    How it ended: all steps are done, a signal ended it early and it was saved,
-    or it went wrong too often.
+    How the run ended: all steps are done, a signal ended it early and it was
+    saved, or it went wrong too often.
 
   Raises:
     UserError: the configuration, the data or the workdir do not fit, or a
       checkpoint could not be written.
-    Missing: a process was not there to go back together.
+    Missing: a process did not come to a common rollback.
   """
   stopped = stopped or Interrupt()
   clock = metrics.Clock(accounting.START)
@@ -75,7 +75,7 @@ def train(
   folder.create(workdir)
   with contextlib.ExitStack() as stack:
     stack.enter_context(lock.held(workdir))
-    # From here on disks and other processes are waited for.
+    # From here on the run waits for disks and other processes.
     for guard in _guards(cfg.limits, workdir, clock, stopped):
       stack.enter_context(contextlib.closing(guard))
     checkpoints = stack.enter_context(_opened(cfg, workdir))
@@ -96,11 +96,11 @@ def train(
     trained.use_compilation_cache(cfg)
     report.describe(run)
     goodput = accounting.Goodput(workdir, clock)
-    # Last, however the run ends.
+    # The last line, however the run ends.
     stack.callback(lambda: say(f"goodput   {goodput.line()}"))
     decided = list(rollbacks.read(workdir))
     stack.enter_context(jax.set_mesh(run.mesh))
-    # Several processes stop together, at the first border.
+    # Several processes stop together, before their first step.
     if jax.process_count() == 1 and stopped.is_ahead():
       say(_NOT_BEGUN)
       return Status.PREEMPTED
@@ -114,7 +114,7 @@ def train(
 
 @contextlib.contextmanager
 def _opened(cfg: RunConfig, workdir: epath.Path) -> Iterator[Checkpoints]:
-  """The checkpoints of a workdir; says which are damaged."""
+  """The checkpoints of a workdir; prints which are damaged."""
   checkpoints = Checkpoints(workdir / "checkpoints", cfg.checkpoint)
   with contextlib.closing(checkpoints):
     for sentence in checkpoints.set_aside:
@@ -133,8 +133,8 @@ def _guards(
   stopped.doing = lambda: clock.activity
   others = []
   if jax.process_count() > 1:
-    # One that is told by another hears it a second later. The first, without
-    # which JAX ends the others with SIGABRT, is the last.
+    # Peers poll once a second. Process 0 must exit last: when it dies, JAX
+    # aborts the others.
     stopped.early = 1.5 if jax.process_index() == 0 else 4.0
     others = [
       Peers(
@@ -164,7 +164,7 @@ def _train(
   clock: metrics.Clock,
   goodput: accounting.Goodput,
 ) -> Status | None:
-  """Trains from the newest checkpoint on; None if it has to go back there."""
+  """Trains from the newest checkpoint on; None if the run has to go back."""
   cfg = run.cfg
   clock.now(accounting.START)
   at = resume.start(run)
@@ -181,7 +181,7 @@ def _train(
     stack.enter_context(contextlib.closing(feed))
     reports = report.Report(cfg, log, clock, at.health, step=at.step)
     timer = SaveTimer(cfg.save_minutes)
-    # Of the last step made, if it was evaluated.
+    # The scores of the last step, if it was evaluated.
     scores: dict[str, float] = {}
     interrupted = False
     clock.now(accounting.STEP)
@@ -191,7 +191,7 @@ def _train(
       while at.step < cfg.steps:
         profile.before(at.step + 1)
         new = at.step == begun
-        # The first batch is there once the datasets are open.
+        # The first batch arrives once the datasets are open.
         with clock.spent_on(accounting.START if new else accounting.DATA):
           item = feed.next(unless=stopped.is_ahead)
         stopped.check()
@@ -218,8 +218,8 @@ def _train(
         late = at.step % cfg.log_every == 0 and timer.due()
         saving = late or failure or _due(at.step, cfg.save_every, cfg)
         if evaluating or diagnosing or saving:
-          # Records come before their checkpoint, so that none is lost to a
-          # kill, and so do their findings, so that only good ones are saved.
+          # Records are written before their checkpoint, so that a kill loses
+          # none. So are their findings, so that only good steps are saved.
           reports.now()
         if reports.finding is not None:
           break
@@ -268,7 +268,7 @@ def _evaluate(
   clock: metrics.Clock,
   reports: report.Report,
 ) -> dict[str, float]:
-  """Scores the held-out text; raises `Stopped` and owes it if interrupted."""
+  """Scores the held-out text; if `Stopped`, the evaluation remains owed."""
   at.owes_evaluation = True
   with clock.spent_on(accounting.EVAL):
     scores = heldout.scores(run, at.state.params, before_batch=stopped.check)

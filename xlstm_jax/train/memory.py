@@ -1,4 +1,4 @@
-"""What a compiled step takes of a device's memory, before it is run."""
+"""The device memory that a compiled step takes, known before it runs."""
 
 from typing import Any
 
@@ -16,15 +16,15 @@ ADVICE = (
 
 
 def check(compiled: Any) -> None:
-  """Says what a step takes of a device, if that has a limit.
+  """Prints how much device memory a step takes, if the device has a limit.
 
-  CPUs name none: the operating system shares the machine's memory out.
+  CPUs have none, because the operating system distributes the machine's memory.
 
   Args:
     compiled: the step, as `jax.stages.Compiled`.
 
   Raises:
-    UserError: it takes more than a device of this process has.
+    UserError: the step takes more than a device of this process has.
   """
   limits = [
     limit
@@ -44,7 +44,7 @@ def check(compiled: Any) -> None:
 
 
 def taken(compiled: Any) -> int:
-  """Bytes of a device while a program runs, with its arguments and results."""
+  """Device memory of a running program, with its arguments and results."""
   used = compiled.memory_analysis()
   stored = used.argument_size_in_bytes + used.output_size_in_bytes
   # Results that take the place of arguments.

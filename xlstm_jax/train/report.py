@@ -1,4 +1,4 @@
-"""What a run says about itself, one step late so that no device waits."""
+"""Reports on a run, one step late so that no device waits."""
 
 import jax
 
@@ -13,14 +13,14 @@ from xlstm_jax.train.step import Metrics
 
 
 def describe(run: Run) -> None:
-  """Says what is trained, where and on what."""
+  """Prints what is trained, where, and on which data."""
   cfg = run.cfg
   kinds = cfg.model.kinds
   blocks = ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(kinds))
   tokens = cfg.batch_size * cfg.data.context
   corpus = sum(m.splits["train"].total.tokens for m in run.manifests)
   mesh = " ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items())
-  # No text has the others; their rows take memory and time all the same.
+  # No text has the other ids, but their rows take memory and time as well.
   known = run.manifests[0].tokenizer.vocab_size
   vocabulary = f"vocabulary {cfg.model.vocab_size}"
   if known < cfg.model.vocab_size:
@@ -43,15 +43,15 @@ class Report:
   """Reads the metrics of a step after the next one was dispatched.
 
   Args:
-    cfg: of the run.
-    log: where records go.
-    clock: has counted the time spent on each activity.
+    cfg: the run's configuration.
+    log: receives the records.
+    clock: counts the time spent on each activity.
     health: judges every step.
-    step: the step the run continues from.
+    step: the step from which the run continues.
 
   Attributes:
-    finding: the first serious one; nothing later is reported.
-    position: of the batch after that step.
+    finding: The first serious finding; no later step is reported.
+    position: Position of the batch after that step.
   """
 
   def __init__(
@@ -80,9 +80,9 @@ class Report:
       self._peak = metrics.peak_flops(jax.devices()[0].device_kind)
 
   def first_took(self, seconds: float) -> None:
-    """Takes the time of this process's first step, which is not a step's.
+    """Takes the time of this process's first step.
 
-    It connects devices, and is counted as compilation.
+    That step also connects the devices, and is counted as compilation.
     """
     self._first = seconds
 
@@ -90,15 +90,15 @@ class Report:
     """Hands over a dispatched step and reports the one before it.
 
     Args:
-      step: its number.
+      step: number of the step.
       position: number of the batch after it.
-      measured: by it.
+      measured: its metrics.
     """
     self.now()
     self._waiting = step, position, measured
 
   def now(self) -> None:
-    """Waits for the step handed over last, and reports it if it is due."""
+    """Waits for the step that was handed over last; reports it if due."""
     if self._waiting is None:
       return
     step, position, measured = self._waiting
@@ -126,7 +126,7 @@ class Report:
     )
 
   def diagnosed(self, step: int, figures: metrics.Record) -> None:
-    """Reports what rules the memories; see `diagnosis.figures`."""
+    """Reports how few tokens dominate the memories (`diagnosis.figures`)."""
     self._log.write(step, figures)
     few, median = figures["memory/tokens_p01"], figures["memory/tokens_median"]
     say(
@@ -144,10 +144,10 @@ class Report:
     say(self._line(step, record))
 
   def _rates(self, step: int) -> dict[str, float]:
-    """Speeds since the last record, of the time spent on training alone.
+    """Speeds since the last record, over the time spent on training alone.
 
-    The first step of a process is left out with its time, unless there is no
-    other to measure.
+    The first step of a process is left out together with its time, unless there
+    is no other step.
     """
     spent = self._clock.lap()
     if COMPILE in spent:

@@ -1,4 +1,4 @@
-"""From where a run goes on, and whether it may."""
+"""Where a run resumes, and whether it may."""
 
 import dataclasses
 from typing import Any
@@ -22,7 +22,7 @@ from xlstm_jax.train.state import TrainState
 def check_same_run(run: Run) -> None:
   """Refuses a workdir of another model or tokenizer; lists other changes.
 
-  Whatever changes which tokens come next has to be accepted.
+  A change to the tokens that come next has to be accepted by the user.
   """
   step = run.checkpoints.latest()
   if step is None or not (run.workdir / config.CONFIG_FILE).exists():
@@ -57,10 +57,10 @@ def check_same_run(run: Run) -> None:
 
 
 def _other_tokens(run: Run, saved: dict[str, Any]) -> list[str]:
-  """What makes the run go on with other tokens, and what that means.
+  """Sentences on what would make the run continue with other tokens.
 
   Args:
-    run: that is about to go on.
+    run: the run that is about to resume.
     saved: the progress in its checkpoint.
   """
   before, now = saved["data"], [manifest.hash for manifest in run.manifests]
@@ -98,7 +98,7 @@ def _other_tokens(run: Run, saved: dict[str, Any]) -> list[str]:
 
 
 def _order(cfg: DataConfig) -> dict[str, Any]:
-  """What orders the windows of given datasets, as JSON holds it."""
+  """The settings that order the windows of given datasets, for JSON."""
   return {
     "context": cfg.context,
     "shuffle": cfg.shuffle,
@@ -113,8 +113,8 @@ def _order_changes(
   """The settings that changed and change the order of the windows.
 
   Args:
-    run: with the settings of now.
-    before: what `_order` said of those of the checkpoint.
+    run: the run, with its present settings.
+    before: the result of `_order` for the checkpoint's settings.
     same_data: whether the datasets are the same, in the same order.
   """
   now = _order(run.cfg.data)
@@ -145,14 +145,15 @@ def _listed(changed: dict[str, tuple[Any, Any]]) -> str:
 
 @dataclasses.dataclass
 class Progress:
-  """How far a run is; changes with every step.
+  """How far a run is; this changes with every step.
 
   Attributes:
-    state: what it trains.
-    step: steps done.
-    position: number of the next batch, if none is left out.
-    health: what the losses so far say.
-    owes_evaluation: whether that of this step was begun and not done.
+    state: The training state.
+    step: Number of steps done.
+    position: Number of the next batch, if none is left out.
+    health: What the losses so far say.
+    owes_evaluation: Whether the evaluation of this step was started but not
+      finished.
   """
 
   state: TrainState
@@ -163,7 +164,7 @@ class Progress:
 
 
 def start(run: Run) -> Progress:
-  """The newest checkpoint, other parameters, or fresh ones."""
+  """The progress of the newest checkpoint, or of a new run."""
   step = run.checkpoints.latest()
   if step is not None:
     return _restored(run, step)
@@ -178,7 +179,7 @@ def start(run: Run) -> Progress:
 def seems_finished(cfg: RunConfig, workdir: epath.Path) -> bool:
   """Whether the run in `workdir` has this configuration and its last step.
 
-  It takes neither data nor devices to find that out.
+  This needs neither data nor devices.
   """
   folder = workdir / "checkpoints"
   if not folder.exists() or not (workdir / config.CONFIG_FILE).exists():
@@ -190,7 +191,7 @@ def seems_finished(cfg: RunConfig, workdir: epath.Path) -> bool:
 def is_finished(
   cfg: RunConfig, workdir: epath.Path, checkpoints: Checkpoints
 ) -> bool:
-  """Whether no step and no evaluation is left to do; says so if it is."""
+  """Whether no step and no evaluation is left to do; prints it if so."""
   step = checkpoints.latest()
   if step is None or step < cfg.steps:
     return False
@@ -205,12 +206,12 @@ def is_finished(
 
 
 def progress(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
-  """The progress in the checkpoint of a step, as `to_json` made it."""
+  """The progress in a step's checkpoint, as `to_json` wrote it."""
   return checkpoints.restore(step, {"progress": None})["progress"]
 
 
 def to_json(run: Run, at: Progress) -> dict[str, Any]:
-  """What a checkpoint holds besides arrays."""
+  """What a checkpoint holds apart from arrays."""
   return {
     "step": at.step,
     "windows": at.position * run.cfg.batch_size,
@@ -254,5 +255,5 @@ def _restored(run: Run, step: int) -> Progress:
 
 
 def next_batch(*, windows: int, batch_size: int) -> int:
-  """The first batch whose windows all lie behind the first `windows`."""
+  """The first batch whose windows all come after the first `windows`."""
   return -(-windows // batch_size)

@@ -1,10 +1,10 @@
-"""Which windows of the data a run leaves out, as decided once and for all.
+"""The windows of the data that a run leaves out, by decisions that are final.
 
-A run that goes wrong returns to its last good checkpoint and goes on behind
-the data that it had read since. The decision is in a file before anything acts
-on it: a run that is killed in between, and every later start, reads the same
-data. While a run goes on, each of its processes has all decisions in memory
-and comes to the next one by itself, as all see the same losses.
+A run that goes wrong returns to its last good checkpoint and leaves out the
+data that it has read since. The decision is in a file before anything acts on
+it. So a run that is killed at that point, and every later start, reads the same
+data. During a run, each process has all decisions in memory and reaches the
+next one by itself, because all see the same losses.
 """
 
 import dataclasses
@@ -37,11 +37,11 @@ class Rollback:
   """One return to a checkpoint.
 
   Attributes:
-    found: the step after which something was found wrong.
-    reason: what that was.
-    to: the step of the checkpoint.
-    first: the first window of the data (a row of a batch) that is left out.
-    stop: the window behind the last one.
+    found: The step after which something was found wrong.
+    reason: What was wrong.
+    to: The step of the checkpoint.
+    first: The first window of the data (a row of a batch) that is left out.
+    stop: The window after the last one that is left out.
   """
 
   found: int
@@ -52,10 +52,10 @@ class Rollback:
 
 
 def read(workdir: epath.PathLike) -> tuple[Rollback, ...]:
-  """All rollbacks of a run, oldest first, as its first process reads them.
+  """All rollbacks of a run, oldest first, as process 0 reads them.
 
-  All processes call this, and once: what another one has written since may not
-  have come to all hosts.
+  All processes call this once. A later call might miss what another process has
+  written, because file systems of hosts may lag.
 
   Raises:
     UserError: the file is damaged.
@@ -98,7 +98,7 @@ def _rollback(entry: Any) -> Rollback:
 
 
 def commit(workdir: epath.PathLike, rollbacks: Sequence[Rollback]) -> None:
-  """Replaces the file; a reader sees it before or after the decision."""
+  """Replaces the file; readers see the old or the new one."""
   path = epath.Path(workdir) / FILE
   entries = [dataclasses.asdict(one) for one in rollbacks]
   temporary = path.parent / f".{FILE}.tmp"
@@ -113,7 +113,7 @@ def commit(workdir: epath.PathLike, rollbacks: Sequence[Rollback]) -> None:
 def following(
   rollbacks: Sequence[Rollback], position: int, *, batch_size: int
 ) -> int:
-  """The first batch from `position` on that holds no window left out."""
+  """The first batch from `position` on in which no window is left out."""
   for one in sorted(rollbacks, key=lambda one: one.first):
     if one.first // batch_size <= position < -(-one.stop // batch_size):
       position = -(-one.stop // batch_size)
@@ -126,20 +126,20 @@ def go_back(
   """Decides to leave out what was read since the newest good checkpoint.
 
   Args:
-    run: which has to go back.
+    run: the run that has to go back.
     decided: all rollbacks so far, the same in all processes; grows by one.
-    finding: why.
-    position: number of the batch behind the last one to leave out.
+    finding: the reason.
+    position: number of the batch after the last one to leave out.
 
   Returns:
-    None when the decision is on disk and all processes know; `DIVERGED` where
+    None once the decision is on disk and all processes know it; `DIVERGED` if
     the run has gone back too often.
 
   Raises:
     UserError: no checkpoint is good, or the decision cannot be written.
-    Missing: a process did not come to the same decision in time.
+    Missing: a process did not reach the same decision in time.
   """
-  # A save that failed is no checkpoint to return to.
+  # The run cannot return to a checkpoint whose save failed.
   run.checkpoints.failure(wait=True)
   if len(decided) >= run.cfg.health.max_rollbacks:
     say(

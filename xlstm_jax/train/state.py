@@ -17,14 +17,15 @@ from xlstm_jax.models.language_model import Definition, Params
 class TrainState:
   """Parameters, optimizer moments, and how far the run is.
 
-  Leaves are arrays, or what stands for them (shapes, shardings).
+  Leaves are arrays, or their shapes or shardings.
 
   Attributes:
-    params: the model's.
-    moments: Adam's.
-    step: steps made; the moments count those that changed the parameters.
-    position: number of the next batch: the steps made, and the batches that
-      were left out.
+    params: The model's parameters.
+    moments: Adam's moments.
+    step: Number of steps made; the moments count those that changed the
+      parameters.
+    position: Number of the next batch, which counts the steps made and the
+      batches left out.
   """
 
   params: Params
@@ -50,7 +51,7 @@ def start(params: Params) -> TrainState:
 
 
 def shardings(definition: Definition, mesh: Mesh) -> TrainState:
-  """Where a state lies: moments as their parameters, numbers everywhere."""
+  """The shardings of a state: moments like parameters, numbers replicated."""
   params = sharding.shardings(mesh, definition.axes(), definition.abstract())
   everywhere = sharding.replicated(mesh)
   return TrainState(
@@ -95,7 +96,7 @@ def to_items(state: TrainState) -> dict[str, Any]:
 def from_items(
   items: dict[str, Any], *, step: int, position: int, mesh: Mesh
 ) -> TrainState:
-  """The state that restored items and two numbers make."""
+  """The state made from restored items and two numbers."""
   state = TrainState(
     params=items["params"],
     moments=optim.Moments(**items["optimizer"]),
@@ -106,6 +107,6 @@ def from_items(
 
 
 def at_position(state: TrainState, position: int, *, mesh: Mesh) -> TrainState:
-  """The state that reads another batch next."""
+  """The same state with another position of the data."""
   number = jax.device_put(np.int32(position), sharding.replicated(mesh))
   return dataclasses.replace(state, position=number)

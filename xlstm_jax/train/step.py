@@ -1,4 +1,4 @@
-"""One optimizer update: a pure function, jitted here and nowhere else."""
+"""One training step: a pure function, jitted here and nowhere else."""
 
 import functools
 from typing import Any
@@ -20,9 +20,9 @@ Metrics = dict[str, jax.Array]
 
 
 def compiled(definition: Definition, cfg: RunConfig, mesh: Mesh) -> Any:
-  """The jitted `train_step`; it takes over the memory of the state.
+  """The jitted `train_step`, which reuses the memory of the state.
 
-  The same function trains, is planned for other machines and is benchmarked.
+  Training, plans for other machines and benchmarks all use this function.
   """
   of_state = states.shardings(definition, mesh)
   return jax.jit(
@@ -37,9 +37,9 @@ def compiled(definition: Definition, cfg: RunConfig, mesh: Mesh) -> Any:
 def _compiler_options(cfg: RunConfig, mesh: Mesh) -> dict[str, bool]:
   if not cfg.compute.deterministic or _platform(mesh) != "gpu":
     return {}
-  # The first forbids atomic sums, as of the embedding's gradient, and the
-  # timing of kernels against each other, without which Triton's for matmuls
-  # have no tiles where no device is there to ask.
+  # The first option forbids atomic sums, as of the embedding's gradient, and
+  # timing kernels against each other. Without timing, and without a device to
+  # ask, Triton's matmul kernels have no tiles.
   return {
     "xla_gpu_deterministic_ops": True,
     "xla_gpu_enable_triton_gemm": False,
@@ -73,15 +73,15 @@ def train_step(
   The loss is the sum over all tokens of the global batch divided by their
   number, whatever the sharding, the accumulation and the packing.
 
-  Where the loss or the gradient is not finite, parameters and moments stay as
-  they are, and only step and position move on.
+  If the loss or the gradient is not finite, parameters and moments stay as they
+  are, and only step and position advance.
 
   Returns:
     The state, and "loss" (nats per token), "tokens" (that count),
     "grad_norm" (before clipping), "param_norm", "learning_rate" and "skipped"
     (updates so far that were).
   """
-  # A key for every row, so that parts of the batch draw what the whole does.
+  # A key for every row, so that parts of a batch draw the same as the whole.
   dropout_key = jax.vmap(jax.random.fold_in, (None, 0))(
     jax.random.fold_in(states.keys(cfg.seed)[1], state.position),
     jnp.arange(len(batch["inputs"])),

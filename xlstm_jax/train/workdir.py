@@ -1,4 +1,4 @@
-"""What a run writes into its folder besides checkpoints and records."""
+"""What a run writes into its workdir besides checkpoints and records."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from xlstm_jax.train.run import Run
 
 
 def create(workdir: epath.Path) -> None:
-  """Makes the folder, or raises a UserError."""
+  """Creates the folder; a UserError if that fails."""
   with surface_write_errors(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
 
 
 def describe(run: Run) -> None:
-  """Writes what makes the checkpoints usable without experiment and data."""
+  """Writes what the checkpoints need to be used without experiment and data."""
   if jax.process_index() == 0:
     with surface_write_errors(run.workdir):
       config.save(run.workdir, run.cfg)
@@ -28,7 +28,7 @@ def describe(run: Run) -> None:
 
 @contextlib.contextmanager
 def surface_write_errors(workdir: epath.Path) -> Iterator[None]:
-  """Within, what the operating system refuses becomes a UserError."""
+  """In this context, errors of the operating system become a UserError."""
   try:
     yield
   except OSError as error:

@@ -8,6 +8,7 @@ from xlstm_jax.cells import recurrence
 from xlstm_jax.cells.backends import Backend, Registry
 from xlstm_jax.cells.lstm.recurrent import State, cell, empty_state
 from xlstm_jax.cells.precision import accumulator
+from xlstm_jax.cells.recurrence_gpu import backend as recurrence_gpu
 
 # Every form takes what `recurrence.run` passes on. A new one, in a file or a
 # folder beside this one, has a row here.
@@ -15,7 +16,16 @@ BACKENDS = Registry(
   "LSTM",
   "lstm_backend",
   "recurrent",
-  (Backend("recurrent", partial(recurrence.scan, cell)),),
+  (
+    Backend(
+      "pallas_gpu",
+      recurrence_gpu.lstm,
+      why_not=recurrence_gpu.why_not,
+      why_not_auto=recurrence_gpu.why_not_auto,
+      platform="gpu",
+    ),
+    Backend("recurrent", partial(recurrence.scan, cell)),
+  ),
 )
 
 

@@ -30,13 +30,13 @@ def cell(
 ) -> recurrence.Units:
   """One step of every unit.
 
-  With gates in the order i, f, z, o and raw_t = x_t + y_{t-1} R + b, for
-  every unit
+  Gates are in the order i, f, z, o, and raw_t = x_t + y_{t-1} R + b. For every
+  unit,
 
       c_t = sigmoid(raw_f) c_{t-1} + sigmoid(raw_i) tanh(raw_z)
       y_t = sigmoid(raw_o) tanh(c_t)
 
-  with y = c = 0 where a document starts. A single head is the usual LSTM.
+  Where a document starts, y = c = 0. With a single head this is the usual LSTM.
   """
   i, f, z, o = jnp.moveaxis(raw_BGHD, 1, 0)
   _, c = units

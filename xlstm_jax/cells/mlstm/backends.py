@@ -8,15 +8,12 @@ from jaxtyping import Array, Float, Int
 from xlstm_jax.cells import tpu_costs
 from xlstm_jax.cells.backends import Backend, Registry, this_device
 from xlstm_jax.cells.documents import documents
+from xlstm_jax.cells.hopper_gpus import device_refusal
 from xlstm_jax.cells.mlstm import sequence
 from xlstm_jax.cells.mlstm.chunkwise import chunkwise
 from xlstm_jax.cells.mlstm.gates import log_gates
-from xlstm_jax.cells.mlstm.pallas_gpu import (
-  device_refusal,
-  pallas_gpu,
-  refusal,
-)
-from xlstm_jax.cells.mlstm.pallas_gpu_blocks import CHUNKS
+from xlstm_jax.cells.mlstm.hopper import pallas_gpu, refusal
+from xlstm_jax.cells.mlstm.hopper.block_sizes import CHUNKS
 from xlstm_jax.cells.mlstm.parallel import Tokens, parallel, update
 from xlstm_jax.cells.mlstm.recurrent import recurrent
 from xlstm_jax.cells.mlstm.state import State, empty_state

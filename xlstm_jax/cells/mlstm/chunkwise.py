@@ -1,4 +1,4 @@
-"""The mLSTM over chunks: parallel inside them, recurrent between them."""
+"""The mLSTM in chunks: parallel inside a chunk, recurrent between chunks."""
 
 from functools import partial
 
@@ -31,17 +31,17 @@ def chunkwise(
 ) -> tuple[Float[Array, "B T H V"], State]:
   """`recurrent` in chunks of `chunk` tokens; memory is linear in T.
 
-  What the chunks do to the state is computed for all of them at once, then a
-  scan over chunks yields the states between them, then all chunks are read at
-  once as if they were sequences of their own. The backward pass keeps the
-  inputs and the states between chunks.
+  First, the updates that chunks make to the state are computed for all chunks
+  at once. Then a scan over chunks yields the states between them. Last, all
+  chunks are read at once, as if they were sequences of their own. The backward
+  pass keeps the inputs and the states between chunks.
   """
   batch, time = log_i_BTH.shape[:2]
   dtype = q_BTHK.dtype
   if chunk is None:
     chunk = default_chunk(time, k_BTHK.shape[-1], v_BTHV.shape[-1])
   split = partial(_split, chunk=chunk)
-  # Chunks become batch rows, all rows of the first chunk first.
+  # Chunks become rows of the batch: first all rows of the first chunk.
   tokens = Tokens(
     split(q_BTHK),
     split(k_BTHK),
@@ -69,9 +69,9 @@ def chunkwise(
 def default_chunk(time: int, key_dim: int, value_dim: int) -> int:
   """A chunk length for `time` tokens that needs little padding.
 
-  A token costs L (K + V) multiplications inside a chunk of L and 2 K V with
-  the states between chunks: the longest L is where both are the same, as a
-  power of two from 16 to 256.
+  A token costs L (K + V) multiplications inside a chunk of L tokens, and 2 K V
+  with the states between chunks. The longest L makes both equal, rounded down
+  to a power of two from 16 to 256.
   """
   balanced = 2 * key_dim * value_dim // (key_dim + value_dim)
   longest = min(max(1 << (balanced.bit_length() - 1), 16), 256)
@@ -81,7 +81,7 @@ def default_chunk(time: int, key_dim: int, value_dim: int) -> int:
 
 
 def _split(x_BT, *, chunk: int, fill: float | None = 0.0):
-  """[B, T, ...] to [N B, L, ...]; repeats the last token if `fill` is None."""
+  """[B, T, ...] to [N B, L, ...]; `fill` None pads with the last token."""
   pad = (
     partial(jnp.pad, mode="edge")
     if fill is None

@@ -1,7 +1,7 @@
 """Gates in log space and their sums over time.
 
-Log forget gates are never positive, so sums of them lose nothing; differences
-of running sums would, and none are taken.
+Log forget gates are never positive, so nothing cancels in their sums. It would
+in differences of running sums, and none are taken.
 """
 
 from typing import Literal
@@ -35,17 +35,17 @@ def log_gates(
 def larger(
   past: Float[Array, "*shape"], present: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
-  """The larger of two; of equals the past, which also gets all the gradient."""
+  """The larger of two; if they are equal, the past gets all the gradient."""
   return jnp.where(past >= present, past, present)
 
 
 @jax.custom_jvp
 def largest(x: Float[Array, "*batch T"]) -> Float[Array, "*batch"]:
-  """The largest of the last axis; of equals the first gets all the gradient.
+  """The largest along the last axis; the first of equals gets all the gradient.
 
-  `jnp.max` shares its gradient among those that compare as equal to it. Where
-  XLA computes x once more for that comparison and rounds it otherwise, there
-  are none, and the gradient is 0 / 0.
+  `jnp.max` shares its gradient among the entries that compare as equal to it.
+  XLA may compute x again for that comparison and round it differently. Then no
+  entry is equal, and the gradient is 0 / 0.
   """
   return jnp.max(x, axis=-1)
 
@@ -75,10 +75,10 @@ def sums_after(x: Float[Array, "*batch T"]) -> Float[Array, "*batch T"]:
 
 
 def sums_between(x: Float[Array, "*batch T"]) -> Float[Array, "*batch T T"]:
-  """y[t, s] = x[s+1] + ... + x[t] for s <= t; without meaning elsewhere.
+  """y[t, s] = x[s+1] + ... + x[t] for s <= t; undefined elsewhere.
 
-  Long rows are cut into blocks: the sum is then the end of the block of s,
-  the blocks in between and the beginning of the block of t.
+  Long rows are cut into blocks. A sum is then that of the end of the block of
+  s, of the blocks in between, and of the beginning of the block of t.
   """
   length = x.shape[-1]
   if length <= _BLOCK:
@@ -102,7 +102,7 @@ def sums_between(x: Float[Array, "*batch T"]) -> Float[Array, "*batch T T"]:
 
 
 def _sums(x, spec: str, chosen: np.ndarray):
-  """Sums of chosen elements of the last axis, as one matrix product."""
+  """Sums of chosen elements along the last axis, as one matrix product."""
   chosen_ones = jnp.asarray(chosen, x.dtype)
   spec = "..." + spec.replace("->", "->...")
   return jnp.einsum(spec, x, chosen_ones, precision="highest")

@@ -39,7 +39,7 @@ class Tokens(NamedTuple):
 class Update(NamedTuple):
   """What consecutive tokens do to the state before them.
 
-  They scale it by exp(decay) and add C and n, which are scaled by exp(-m).
+  They multiply it by exp(decay) and add C and n, which are scaled by exp(-m).
   """
 
   decay_BH: Float[Array, "B H"]
@@ -54,7 +54,7 @@ def outputs(
   """h of every token after a state (of constant scale).
 
   The weight of token s in token t is exp(F_t - F_s + log i_s - g_t) q_t k_s
-  K^-0.5 with F the running sum of log f; in memory this is quadratic in T.
+  K^-0.5, with F the running sum of log f. Memory is quadratic in T.
   """
   q, k, v, log_i, log_f, id_BT = tokens
   dtype, wide = q.dtype, log_i.dtype
@@ -66,7 +66,7 @@ def outputs(
 
   log_w_BHTS = sums_between(log_f.mT) + log_i.mT[..., None, :]
   log_w_BHTS = jnp.where(visible_BTS[:, None], log_w_BHTS, -jnp.inf)
-  # Since the state, or since the start of a document that is younger.
+  # Sums of log f since the state, or since a document that started after it.
   since_BTH = jnp.einsum(
     "BTS,BSH->BTH", visible_BTS.astype(wide), log_f, precision="highest"
   )
@@ -100,7 +100,7 @@ def outputs(
 def update(
   tokens: Tokens, segment_B: Int[Array, "B"], *, stabilize: bool
 ) -> Update:
-  """What the tokens do to a state whose last token was of `segment_B`."""
+  """What the tokens do to a state whose last token had `segment_B`."""
   _, k, v, log_i, log_f, id_BT = tokens
   wide = log_i.dtype
   last_BT1 = (id_BT == id_BT[:, -1:])[..., None]
@@ -113,7 +113,7 @@ def update(
     m_BH = larger(start_BH, largest(log_w_BTH.mT))
   else:
     m_BH = jnp.zeros_like(since_BH)
-  # Padding alone has m = -inf: it adds 0 in any scale.
+  # Tokens that are all padding have m = -inf: they add 0 in any scale.
   scale_BH = jnp.where(m_BH == -jnp.inf, 0, constant(m_BH, v.dtype))
   w_BTH = jnp.exp(log_w_BTH - scale_BH[:, None])
   k, v, dtype = k.astype(wide), v.astype(wide), v.dtype
@@ -124,7 +124,7 @@ def update(
 def updated(state: State, update: Update, dtype: DTypeLike) -> State:
   """The state (of constant scale) after an update; its segment is untouched.
 
-  `dtype` is that of the products which made the update.
+  `dtype` is the type of the operands that made the update.
   """
   m_BH = larger(update.decay_BH + state.m_BH, update.m_BH)
   keep_BH = jnp.exp(update.decay_BH + constant(state.m_BH - m_BH, dtype))
@@ -138,9 +138,10 @@ def updated(state: State, update: Update, dtype: DTypeLike) -> State:
   )
 
 
-# Where few tokens rule the memory, C^T q and n^T q cancel together, and so do
-# their gradients. n is not rounded, so C is multiplied in two parts: rounded to
-# bfloat16, what it loses would be all of h where n^T q is small.
+# Where few tokens dominate the memory, C^T q and n^T q cancel together, and so
+# do their gradients. n is not rounded. If C were rounded to bfloat16, h would
+# be what that takes from C where n^T q is small. So C is multiplied in two
+# parts.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -194,7 +195,7 @@ write.defvjp(lambda *args: (write(*args), args[:3]), _write_backward)
 
 
 def composed(first: Update, second: Update, dtype: DTypeLike) -> Update:
-  """What `first` and then `second` do to a state: associative."""
+  """What `first` and then `second` do to a state; this is associative."""
   state = State(*first[1:], segment_B=jnp.zeros(()))
   return Update(
     first.decay_BH + second.decay_BH, *updated(state, second, dtype)[:3]

@@ -65,25 +65,27 @@ def recurrent(
   eps: float,
   chunk: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], State]:
-  """The mLSTM as it is defined; every other form is tested against it.
+  """The definition of the mLSTM; every other form is tested against it.
 
-  With q, k of K numbers, v of V numbers and two gates per head and token,
+  For every head and token there are q and k of K numbers, v of V numbers and
+  two gates:
 
       C_t = f_t C_{t-1} + i_t k_t v_t^T          f_t = sigmoid(f~_t)
       n_t = f_t n_{t-1} + i_t k_t                i_t = exp(i~_t) or sigmoid
       h_t = C_t^T q_t s / (max(|n_t^T q_t s|, 1) + eps exp(m_t)),  s = K^-0.5
 
-  or h_t = C_t^T q_t s without the normaliser. C_0 = n_0 = m_0 = 0 where a
-  document starts. C and n are kept scaled by exp(-m), so that the exponential
-  gate cannot overflow:
+  Without the normaliser, h_t = C_t^T q_t s. Where a document starts,
+  C_0 = n_0 = m_0 = 0. C and n are kept scaled by exp(-m), so that the
+  exponential gate cannot overflow:
 
       m_t = max(log f_t + m_{t-1}, log i_t)      (sigmoid gate: m_t = 0)
       f'_t = exp(log f_t + m_{t-1} - m_t),       i'_t = exp(log i_t - m_t)
       C'_t = f'_t C'_{t-1} + i'_t k_t v_t^T,     n'_t likewise
       h_t = C'_t^T q_t s / (max(|n'_t^T q_t s|, exp(-m_t)) + eps)
 
-  (Beck et al., xLSTM: Extended Long Short-Term Memory, 2024, eq. 19-27). All
-  of it is computed in the accumulator type; the gradient is plain autodiff.
+  (Beck et al., xLSTM: Extended Long Short-Term Memory, 2024, eq. 19-27).
+  Everything is computed in the accumulator type; the gradient is plain
+  autodiff.
   """
   del chunk
   wide = log_i_BTH.dtype

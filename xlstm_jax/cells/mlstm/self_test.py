@@ -1,4 +1,4 @@
-"""The comparison of an mLSTM kernel with the native form, by an example."""
+"""Compares an mLSTM kernel with the native form, on an example."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from xlstm_jax.cells.mlstm.backends import BACKENDS, mlstm
 from xlstm_jax.cells.precision import accumulator, rounded
 
 DOCUMENTS = 3
-# Of the first token of the last document, which then rules its memory.
+# Input gate of the last document's first token, which dominates its memory.
 LOUD = 12.0
 
 
@@ -39,17 +39,17 @@ def prepared(
 ) -> Callable[[], None]:
   """Compiles the comparison of a backend with the native form.
 
-  It computes nothing on the device, and so disturbs nothing there.
+  Compiling computes nothing on the device, so it disturbs nothing there.
 
   Args:
-    backend: the name of one.
-    shape: of the arrays on this device.
-    dtype: of q, k and v.
+    backend: the name of the backend to compare.
+    shape: shape of the arrays on this device.
+    dtype: type of q, k and v.
     chunk, input_gate, normalize, eps: as `mlstm` takes them.
 
   Returns:
-    What compares values and gradients, and raises a `UserError` with the
-    figures if they disagree.
+    A function that compares values and gradients, and raises a `UserError` with
+    the figures if they disagree.
 
   Raises:
     UserError: the backend refuses the device or the shape.
@@ -79,8 +79,9 @@ def prepared(
 def _example(shape: Shape, dtype: str) -> dict[str, jax.Array]:
   """Tokens of unit variance in several documents, with gates as in training.
 
-  In bfloat16 one token rules the memory of the last document: C^T q is small
-  there for some q, and n^T q with it. In float32 the truth would be no better.
+  In bfloat16 one token dominates the memory of the last document, where C^T q
+  and n^T q are small for some q. In float32 there is no such token, because the
+  truth would be no more exact than the kernel.
   """
   B, T, H, K, V = shape
   key = functools.partial(jax.random.fold_in, jax.random.key(0))

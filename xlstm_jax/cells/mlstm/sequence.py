@@ -1,9 +1,10 @@
-"""The mLSTM over rows of which several devices hold consecutive stretches.
+"""The mLSTM over rows that are split over devices along time.
 
-What a stretch does to the state before it is one `Update`, whatever the
-state, and updates compose. So every device reduces its own tokens to an
-update, learns the composition of all before it from log2(devices) exchanges,
-and then runs any form of the cell from the state that enters its stretch.
+Each device holds a stretch of consecutive tokens. What a stretch does to the
+state before it is one `Update`, the same for every state, and updates compose.
+So every device reduces its own tokens to an update. In log2(devices) exchanges
+it learns the composition of all updates before it. Then it runs any form of the
+cell from the state that enters its stretch.
 """
 
 import jax
@@ -18,7 +19,8 @@ from xlstm_jax.cells.mlstm.state import (
 )
 from xlstm_jax.sharding import from_before, of_holder
 
-# The m of what adds nothing: below any other, and finite, as inf - inf is NaN.
+# The m of an update that adds nothing: below any other, and finite, because
+# inf - inf is NaN.
 _NOTHING = -1e30
 
 
@@ -30,8 +32,8 @@ def segment_before(
   """The document of the last token before this device's first.
 
   Args:
-    segments_BT: of this device's tokens.
-    segment_B: of the last token before the row.
+    segments_BT: documents of this device's tokens.
+    segment_B: document of the last token before the row.
     axis_name: the mesh axis over which time is split.
   """
   if segments_BT is None:
@@ -50,9 +52,9 @@ def entering(
 
   Args:
     own: what its tokens do to that state.
-    state: before the row, the same on every device.
+    state: the state before the row, the same on every device.
     axis_name: the mesh axis over which time is split.
-    dtype: of the tokens.
+    dtype: type of the tokens.
   """
   at = jax.lax.axis_index(axis_name)
 

@@ -1,4 +1,4 @@
-"""The memory of the mLSTM and how a query reads it."""
+"""The memory of the mLSTM, and how a query reads it."""
 
 from typing import NamedTuple
 
@@ -10,10 +10,10 @@ from xlstm_jax.cells.precision import accumulator, quotient
 
 
 class State(NamedTuple):
-  """What an mLSTM keeps of its past: C and n are scaled by exp(-m).
+  """What an mLSTM keeps of its past; C and n are scaled by exp(-m).
 
-  Keys enter unscaled (the query carries the factor K^-0.5). All zeros is the
-  empty past.
+  Keys enter unscaled, because the query carries the factor K^-0.5. All zeros is
+  the empty past.
   """
 
   C_BHKV: Float[Array, "B H K V"]
@@ -35,7 +35,7 @@ def empty_state(
 
 
 def rescale(state: State, m_BH: Float[Array, "B H"]) -> State:
-  """The same past, its C and n scaled by exp(-m_BH) for another m."""
+  """The same past, with C and n scaled by another m."""
   factor_BH = jnp.exp(state.m_BH - m_BH)
   return State(
     factor_BH[..., None, None] * state.C_BHKV,
@@ -46,25 +46,27 @@ def rescale(state: State, m_BH: Float[Array, "B H"]) -> State:
 
 
 def constant(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
-  """A scale m, to autodiff a constant where products are rounded to `dtype`.
+  """A scale m, which is a constant to autodiff if `dtype` is a narrow type.
 
-  h does not depend on the scale exp(-m), except through eps: what flows back
-  through m adds up to nothing. Terms made of rounded products do not cancel, so
-  they are left out. Terms in the accumulator type are kept. Where an old memory
-  dominates, its weight is 1 whatever the forget gates are; with a constant m it
-  seems to depend on them, and another such term has to cancel that.
+  h does not depend on the scale exp(-m), except through eps, so the gradients
+  that flow back through m sum to zero. In a narrow type they are made of
+  rounded products and do not cancel, so they are left out.
+
+  In the accumulator type they are kept. Where an old memory dominates, its
+  weight is 1 whatever the forget gates are. With a constant m it would seem to
+  depend on them, and another term would have to cancel that.
   """
   return x if dtype == accumulator(dtype) else jax.lax.stop_gradient(x)
 
 
 def with_constant_scale(state: State, dtype: DTypeLike) -> State:
-  """The same numbers, the scale of C and n now being `constant`."""
+  """The same numbers, with a `constant` as the scale of C and n."""
   m_BH = constant(state.m_BH, dtype)
   return rescale(state, m_BH)._replace(m_BH=state.m_BH)
 
 
 def with_own_scale(state: State, dtype: DTypeLike) -> State:
-  """The way back from `with_constant_scale`."""
+  """The inverse of `with_constant_scale`."""
   m_BH = constant(state.m_BH, dtype)
   return rescale(state._replace(m_BH=m_BH), state.m_BH)
 
@@ -72,7 +74,7 @@ def with_own_scale(state: State, dtype: DTypeLike) -> State:
 def reading_scale(
   m: Float[Array, "..."], dtype: DTypeLike
 ) -> Float[Array, "..."]:
-  """The g of the scale exp(-g) in which outputs are computed: max(m, 0).
+  """g = max(m, 0), for the scale exp(-g) in which outputs are computed.
 
   exp(-m) would overflow where m is very negative.
   """
@@ -88,11 +90,11 @@ def readout(
   eps: float,
   dtype: DTypeLike,
 ) -> Float[Array, "*tokens H V"]:
-  """h from C^T q and n^T q, both scaled by exp(-g), g = `reading_scale(m)`.
+  """h from C^T q and n^T q, both scaled by exp(-g) with g = `reading_scale(m)`.
 
-  This is C^T q / (max(|n^T q|, exp(-m)) + eps), where C and n are scaled by
-  exp(-m), numerator and denominator times exp(m - g). The numerator is made by
-  products of operands in `dtype`.
+  With C and n scaled by exp(-m), h is C^T q / (max(|n^T q|, exp(-m)) + eps).
+  Here numerator and denominator are multiplied by exp(m - g). The numerator
+  comes from products with operands in `dtype`.
   """
   g_H = reading_scale(m_H, dtype)
   if not normalize:

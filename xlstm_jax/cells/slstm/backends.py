@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from xlstm_jax.cells import recurrence
 from xlstm_jax.cells.backends import Backend, Registry
 from xlstm_jax.cells.precision import accumulator
+from xlstm_jax.cells.recurrence_gpu import backend as recurrence_gpu
 from xlstm_jax.cells.slstm.recurrent import State, cell, empty_state
 
 # Every form takes what `recurrence.run` passes on. A new one, in a file or a
@@ -15,7 +16,16 @@ BACKENDS = Registry(
   "sLSTM",
   "slstm_backend",
   "recurrent",
-  (Backend("recurrent", partial(recurrence.scan, cell)),),
+  (
+    Backend(
+      "pallas_gpu",
+      recurrence_gpu.slstm,
+      why_not=recurrence_gpu.why_not,
+      why_not_auto=recurrence_gpu.why_not_auto,
+      platform="gpu",
+    ),
+    Backend("recurrent", partial(recurrence.scan, cell)),
+  ),
 )
 
 

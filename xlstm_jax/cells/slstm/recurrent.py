@@ -10,7 +10,7 @@ from xlstm_jax.cells import recurrence
 
 
 class State(NamedTuple):
-  """What an sLSTM keeps of its past: c and n are scaled by exp(-m).
+  """What an sLSTM keeps of its past; c and n are scaled by exp(-m).
 
   All zeros is the empty past.
   """
@@ -35,15 +35,15 @@ def cell(
 ) -> recurrence.Units:
   """One step of every unit.
 
-  With gates in the order i, f, z, o and raw_t = x_t + y_{t-1} R + b, for
-  every unit
+  Gates are in the order i, f, z, o, and raw_t = x_t + y_{t-1} R + b. For every
+  unit,
 
       c_t = f_t c_{t-1} + i_t tanh(raw_z)      i_t = exp(raw_i)
       n_t = f_t n_{t-1} + i_t                  f_t = sigmoid(raw_f)
       y_t = sigmoid(raw_o) c_t / n_t
 
-  with y = c = n = 0 where a document starts. c and n are kept scaled by
-  exp(-m), so that the exponential gate cannot overflow:
+  Where a document starts, y = c = n = 0. c and n are kept scaled by exp(-m), so
+  that the exponential gate cannot overflow:
 
       m_t = max(log f_t + m_{t-1}, raw_i)      (raw_i where n_{t-1} = 0)
       f'_t = exp(log f_t + m_{t-1} - m_t),     i'_t = exp(raw_i - m_t)
@@ -54,7 +54,7 @@ def cell(
   """
   i, f, z, o = jnp.moveaxis(raw_BGHD, 1, 0)
   _, c, n, m = units
-  # A unit that holds nothing (n = 0) has no scale: the first input sets it.
+  # A unit that holds nothing (n = 0) has no scale; its first input sets one.
   carried = jnp.where(n == 0, -jnp.inf, jax.nn.log_sigmoid(f) + m)
   m = jnp.where(carried >= i, carried, i)
   forget, write = jnp.exp(carried - m), jnp.exp(i - m)

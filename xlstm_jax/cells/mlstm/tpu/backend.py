@@ -13,7 +13,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from xlstm_jax.cells.backends import this_device
 from xlstm_jax.cells.documents import Documents
-from xlstm_jax.cells.mlstm.pallas_gpu_gates import (
+from xlstm_jax.cells.mlstm.scales import (
   last_stabilizer,
   parts_of_states,
   scales,

@@ -36,7 +36,7 @@ from xlstm_jax.cells.more_rows import more_rows
 from xlstm_jax.cells.precision import rounded
 
 # Rows of the gates of a chunk, each of L numbers: the scales of
-# `xlstm_jax.cells.mlstm.pallas_gpu_gates`, `first` as a float.
+# `xlstm_jax.cells.mlstm.scales`, `first` as a float.
 GATES = 8
 READER, READER_REST, WRITER, WRITER_REST, PAST, WRITE, M, FIRST = range(GATES)
 # Rows of what the backward kernel tells of a chunk's gates.

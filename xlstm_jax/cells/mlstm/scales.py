@@ -1,8 +1,9 @@
-"""Gates as the Hopper kernels read them: exponents per token and per chunk.
+"""Gates as the kernels read them: exponents per token and per chunk.
 
-Everything here is float32 over [B, H, T], plain XLA, and constant to autodiff
-but for `last_stabilizer`: the kernels' gradient is written by hand, and there
-the stabiliser m is only a choice of scale.
+Every platform's kernel starts from these. Everything here is float32 over
+[B, H, T], plain XLA, and constant to autodiff but for `last_stabilizer`: the
+kernels' gradient is written by hand, and there the stabiliser m is only a
+choice of scale.
 """
 
 import math
@@ -131,7 +132,7 @@ def _stabilizers(i, f, upto, id_, start, m_BH, segment_B):
   # The state before a document has m = 0, as if its first token had also
   # written with log i = log f.
   inside = _running_max(jnp.where(start, jnp.maximum(i, f), i), f, id_)
-  # Else the compiler makes it anew for every result that follows.
+  # Otherwise the compiler makes it again for every result that follows.
   inside = jax.lax.optimization_barrier(inside)
   # The same between chunks: a chunk writes with the level it ends on.
   id_last, level = id_[..., -1], inside[..., -1]

@@ -1,6 +1,6 @@
 """Holds the Hopper kernels to the contract, in interpret mode on any device.
 
-    NPROC=16 python interpret_pallas_gpu.py CHUNK TIME KEYS VALUES \
+    NPROC=16 python interpret_mlstm_hopper.py CHUNK TIME KEYS VALUES \
       INPUT_GATE GATE...
 
 With MUTATION in the environment the backend has that fault, which the contract
@@ -19,29 +19,30 @@ import jax.numpy as jnp
 import mlstm_contract as contract
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from xlstm_jax.cells.mlstm import backends, pallas_gpu
+from xlstm_jax.cells.mlstm import backends, hopper
+from xlstm_jax.cells.mlstm.hopper import vjp
 
 
-def leak(*args, scales=pallas_gpu.scales, **options):
+def leak(*args, scales=vjp.scales, **options):
   """Tokens of a chunk see documents before their own."""
   found = scales(*args, **options)
   return found._replace(first_BT=jnp.zeros_like(found.first_BT))
 
 
-def constant_normaliser(*args, readout=pallas_gpu._readout_backward):
+def constant_normaliser(*args, readout=vjp._readout_backward):
   """The normaliser counts as a constant, as in other kernels."""
   bias, reading = readout(*args)
   return jnp.zeros_like(bias), reading
 
 
-def late_read(*args, scales=pallas_gpu.scales, **options):
+def late_read(*args, scales=vjp.scales, **options):
   """Gradients of a chunk see documents after their own."""
   found = scales(*args, **options)
   last = options["chunk"] - 1
   return found._replace(final_BT=jnp.full_like(found.final_BT, last))
 
 
-def one_part(*args, parts=pallas_gpu.parts_of_states, **options):
+def one_part(*args, parts=vjp.parts_of_states, **options):
   """C is rounded to 8 bits where few tokens rule it, too, and n is not."""
   return jnp.ones_like(parts(*args, **options))
 
@@ -49,13 +50,13 @@ def one_part(*args, parts=pallas_gpu.parts_of_states, **options):
 def mutate(name: str) -> None:
   match name:
     case "one_part":
-      pallas_gpu.parts_of_states = one_part
+      vjp.parts_of_states = one_part
     case "constant_normaliser":
-      pallas_gpu._readout_backward = constant_normaliser
+      vjp._readout_backward = constant_normaliser
     case "leak":
-      pallas_gpu.scales = leak
+      vjp.scales = leak
     case "late_read":
-      pallas_gpu.scales = late_read
+      vjp.scales = late_read
     case _:
       raise ValueError(name)
 
@@ -71,7 +72,7 @@ def main(
   forms["pallas_gpu"] = dataclasses.replace(
     forms["pallas_gpu"],
     run=functools.partial(
-      pallas_gpu.pallas_gpu, interpret=plgpu.InterpretGPUParams()
+      hopper.pallas_gpu, interpret=plgpu.InterpretGPUParams()
     ),
     why_not=lambda device, shapes: None,
   )

@@ -1,6 +1,6 @@
 """Compiles the kernels' forward and backward pass for an H200 without one.
 
-    python compile_pallas_gpu.py KEYS VALUES [plain] [large] [mesh] [twice]
+    python compile_mlstm_hopper.py KEYS VALUES [plain] [large] [mesh] [twice]
 
 "plain" is without the normaliser; "large" is of 65,536 tokens and 384 keys in
 all heads; "mesh" divides the rows over four GPUs by `jax.shard_map`. It prints
