@@ -57,6 +57,7 @@ from xlstm_jax.errors import UserError, exit_code
 ROWS = (
   "pallas_gpu",
   "pallas_gpu-128",
+  "pallas_tpu",
   "chunkwise-64",
   "chunkwise-128",
   "chunkwise-256",
@@ -66,10 +67,8 @@ ROWS = (
   "cudnn",
 )
 RECURRENT_ROWS = (
-  "slstm-pallas_gpu",
-  "slstm-recurrent",
-  "lstm-pallas_gpu",
-  "lstm-recurrent",
+  *("slstm-pallas_gpu", "slstm-pallas_tpu", "slstm-recurrent"),
+  *("lstm-pallas_gpu", "lstm-pallas_tpu", "lstm-recurrent"),
 )
 IN_TORCH = ("mlstm_kernels-xl", "mlstm_kernels-limit", "simple_gla")
 SHAPES = ("8,8192,8,256,512", "8,8192,16,128,256")

@@ -127,7 +127,11 @@ def kernel_names() -> dict[str, set[str]]:
 
 @pytest.mark.parametrize(
   ("module", "name"),
-  [(module, name) for module, all in kernel_names().items() for name in all],
+  [
+    (module, name)
+    for module, names in kernel_names().items()
+    for name in sorted(names)
+  ],
 )
 def test_a_name_that_kernels_use(module: str, name: str):
   file, _, member = module.partition(":")

@@ -25,11 +25,15 @@ from xlstm_jax import sharding
 from xlstm_jax.cells.hopper_gpus import device_refusal
 from xlstm_jax.cells.mlstm import State, mlstm
 from xlstm_jax.cells.mlstm.state import rescale
+from xlstm_jax.cells.mlstm.tpu import backend as tpu
 from xlstm_jax.sharding import on_mesh, time_axis
 
 DIMS = (8, 12)  # keys and values of a head
 # Why a backend does not run on the default device, or None.
-REFUSALS = {"pallas_gpu": device_refusal}
+REFUSALS = {
+  "pallas_gpu": device_refusal,
+  "pallas_tpu": tpu.device_refusal,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +77,8 @@ FORMS = (
   Form("chunkwise", 128),
   Form("pallas_gpu", 128, dtypes=("bfloat16",), dims=(64, 128)),
   Form("pallas_gpu", 256, dtypes=("bfloat16",), dims=(64, 128)),
+  Form("pallas_tpu", 128, dtypes=("bfloat16",), dims=(64, 128)),
+  Form("pallas_tpu", 256, dtypes=("bfloat16",), dims=(64, 128)),
 )
 FORMS_HERE = tuple(form for form in FORMS if form.runs_here())
 TRUTH = FORMS[0]
@@ -246,7 +252,7 @@ def run(
     floats = (*narrow[:3], *(x.astype(wide) for x in case[3:5]))
     state = tuple(x.astype(wide) for x in case.state[:3])
     dstate = tuple(x.astype(wide) for x in case.dstate)
-    with jax.set_mesh(sequence_mesh(form.devices)):
+    with jax.set_mesh(sequence_mesh(form.devices, dtype)):
       results = program(form, options)(
         floats,
         state,
@@ -262,10 +268,12 @@ def run(
   return {name: np.asarray(x, np.float64) for name, x in results.items()}
 
 
-def sequence_mesh(devices: int) -> jax.sharding.Mesh:
-  """All of them along time."""
-  cfg = sharding.MeshConfig(data=1, sequence=devices)
-  return sharding.make_mesh(cfg, jax.devices()[:devices])
+def sequence_mesh(count: int, dtype: str) -> jax.sharding.Mesh:
+  """Devices along time; of the host in float64, which TPUs do not have."""
+  on_host = dtype == "float64" and jax.default_backend() == "tpu"
+  devices = jax.devices("cpu" if on_host else None)
+  cfg = sharding.MeshConfig(data=1, sequence=count)
+  return sharding.make_mesh(cfg, devices[:count])
 
 
 @functools.cache

@@ -179,7 +179,8 @@ def test_where_no_form_can_there_is_a_sentence():
 def test_the_reasons_are_those_of_kernels_for_the_device(monkeypatch):
   """Nobody on a TPU wants to know what a GPU's kernel lacks."""
   shapes = mlstm.Shapes(B=1, T=128, H=2, K=64, V=64, dtype="float32")
-  for platform, names in (("gpu", ["pallas_gpu"]), ("tpu", [])):
+  kernels = {"gpu": ["pallas_gpu"], "tpu": ["pallas_tpu"], "cpu": []}
+  for platform, names in kernels.items():
     device = types.SimpleNamespace(platform=platform, device_kind="other")
     monkeypatch.setattr(backends, "this_device", lambda device=device: device)
     assert list(mlstm.BACKENDS.passed_over(shapes)) == names

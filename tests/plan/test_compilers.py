@@ -155,7 +155,7 @@ def test_two_slices_are_joined_by_replicas(tmp_path):
   status, out, err, found = plan(tmp_path, *arguments, "--config.mesh.slices=2")
   assert status == 0, err
   assert "8 x TPU v5 lite (v5e:2x2*2)" in out
-  assert "chunkwise (native form; there is no TPU kernel yet)" in out
+  assert "mLSTM        pallas_tpu (kernel)" in out
   assert found["collectives"]["all-gather"]["times"] > 0
   # Of every gradient each replica has a quarter on a device.
   shares = 2 * found["parameters"] / 4

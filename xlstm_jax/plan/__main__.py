@@ -24,7 +24,7 @@ topologies:
 
 Compiling for TPUs needs libtpu, for GPUs jax-cuda13-plugin. This installs both:
   pip install -c constraints/newest.txt -e '.[plan]'
-The sLSTM and the LSTM have kernels for TPUs; the mLSTM runs there as plain XLA.
+No TPU has run the cells' kernels for TPUs yet.
 Of a GPU's memory JAX takes 75 %, or what XLA_CLIENT_MEM_FRACTION says.
 
 exit status:

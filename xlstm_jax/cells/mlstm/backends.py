@@ -5,7 +5,8 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from xlstm_jax.cells.backends import Backend, Registry
+from xlstm_jax.cells import tpu_costs
+from xlstm_jax.cells.backends import Backend, Registry, this_device
 from xlstm_jax.cells.documents import documents
 from xlstm_jax.cells.hopper_gpus import device_refusal
 from xlstm_jax.cells.mlstm import sequence
@@ -16,6 +17,7 @@ from xlstm_jax.cells.mlstm.hopper.block_sizes import CHUNKS
 from xlstm_jax.cells.mlstm.parallel import Tokens, parallel, update
 from xlstm_jax.cells.mlstm.recurrent import recurrent
 from xlstm_jax.cells.mlstm.state import State, empty_state
+from xlstm_jax.cells.mlstm.tpu import backend as tpu
 from xlstm_jax.cells.precision import accumulator
 from xlstm_jax.cells.varying import alike
 from xlstm_jax.errors import UserError
@@ -54,10 +56,22 @@ def _why_not_pallas_gpu(device: Any, shapes: Shapes) -> str | None:
   )
 
 
+def _why_not_pallas_tpu(device: Any, shapes: Shapes) -> str | None:
+  return tpu.device_refusal(device) or tpu.refusal(
+    device, shapes.dtype, shapes.K, shapes.V, shapes.chunk
+  )
+
+
 def _shorter_than_a_chunk(shapes: Shapes) -> str | None:
   if min(CHUNKS) > shapes.T:
     return f"its chunks are longer than {shapes.T} tokens"
   return None
+
+
+def _why_not_auto_tpu(shapes: Shapes) -> str | None:
+  return _shorter_than_a_chunk(shapes) or tpu_costs.why_not(
+    tpu.COSTS, this_device().device_kind, f"{shapes.K} x {shapes.V}"
+  )
 
 
 # Every form takes what `mlstm` passes on; one without chunks ignores `chunk`.
@@ -74,6 +88,13 @@ BACKENDS = Registry(
       why_not=_why_not_pallas_gpu,
       why_not_auto=_shorter_than_a_chunk,
       platform="gpu",
+    ),
+    Backend(
+      "pallas_tpu",
+      tpu.pallas_tpu,
+      why_not=_why_not_pallas_tpu,
+      why_not_auto=_why_not_auto_tpu,
+      platform="tpu",
     ),
     Backend("chunkwise", chunkwise),
     Backend("parallel", parallel),

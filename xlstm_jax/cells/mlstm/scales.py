@@ -152,6 +152,9 @@ def _stabilizers(i, f, upto, id_, start, m_BH, segment_B):
   # its own scale: the keys of its loudest token stay what they are.
   steps = jnp.ceil((m_after - level) / math.log(2))
   scale = jnp.where(jnp.isfinite(level), level + steps * math.log(2), m_after)
+  # What is scaled by it and what corrects for that read one number: made anew
+  # by a fused multiply-add it would be another.
+  scale = jax.lax.optimization_barrier(scale)
   return jnp.maximum(inside, past), scale
 
 
