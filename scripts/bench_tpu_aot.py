@@ -40,9 +40,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from xlstm_jax import jax_internals
 from xlstm_jax.cells import mlstm, tpu_costs
 from xlstm_jax.cells.mlstm.tpu import backend as mlstm_tpu
 from xlstm_jax.errors import UserError, exit_code
@@ -138,14 +138,12 @@ CELLS = {
 
 def compile_form(cell: Cell, shape: Sequence[int], chip: str, form: str) -> Any:
   """Forward and backward pass on one core of such a chip."""
-  topology = topologies.get_topology_desc(
-    platform="tpu", topology_name=CHIPS[chip]
-  )
+  devices = jax_internals.topology_devices("tpu", CHIPS[chip])
   mesh = jax.make_mesh(
     (1,),
     ("data",),
     axis_types=(jax.sharding.AxisType.Auto,),
-    devices=topology.devices[:1],
+    devices=devices[:1],
   )
   backend = cell.native if form == NATIVE else form
 
@@ -277,11 +275,7 @@ def compiled(cell: Cell, shape: Sequence[int], chip: str, form: str) -> dict:
 
 
 def device_kind(chip: str) -> str:
-  return (
-    topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
-    .devices[0]
-    .device_kind
-  )
+  return jax_internals.topology_devices("tpu", CHIPS[chip])[0].device_kind
 
 
 def in_process(cell: str, shape: str, chip: str, form: str) -> dict:
