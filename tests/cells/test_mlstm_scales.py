@@ -12,7 +12,11 @@ from xlstm_jax.cells.documents import documents
 from xlstm_jax.cells.mlstm import State
 from xlstm_jax.cells.mlstm.gates import log_gates
 from xlstm_jax.cells.mlstm.recurrent import recurrent
-from xlstm_jax.cells.mlstm.scales import last_stabilizer, scales
+from xlstm_jax.cells.mlstm.scales import (
+  last_stabilizer,
+  parts_of_states,
+  scales,
+)
 
 
 def prepared(gate: str, time: int, chunk: int):
@@ -100,6 +104,14 @@ def test_weights_never_overflow():
     for weight in (s.past_BHT, s.write_BHT, s.keep_BHN):
       assert np.all(np.asarray(weight) >= 0)
       assert np.all(np.asarray(weight) <= 2 + 1e-5)
+
+
+def test_a_state_that_is_given_has_two_parts():
+  x, *_, s = prepared("init", 67, 16)
+  parts = parts_of_states(s, x.state.C_BHKV)
+  given_B = contract.BEFORE > 0
+  assert np.all(parts[given_B, :, 0] == 2)
+  assert np.all(parts[~given_B, :, 0] == 1)
 
 
 @pytest.mark.parametrize("gate", ["normal", "mixed=50", "init"])

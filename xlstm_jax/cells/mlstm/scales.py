@@ -176,7 +176,9 @@ def parts_of_states(
 
   Args:
     scales: of the tokens.
-    first_BHKV: the first state, of which no more is known than how large it is.
+    first_BHKV: the first state. Of one that was given, no more is known than
+      how large it is, so it has two parts itself; later states count it as a
+      single token.
   """
   keep_BHN = scales.keep_BHN
   w_BHNL = scales.write_BHT.reshape(*keep_BHN.shape, -1)
@@ -201,7 +203,9 @@ def parts_of_states(
   square, fourth = x
   few = jnp.square(square) < FEW * fourth
   size = jnp.sqrt(square) * unit_BH[..., None] * jnp.exp(scales.m_state_BHN)
-  return jnp.where(few & (size > LOUD), 2, 1).astype(jnp.int32)
+  two = few & (size > LOUD)
+  two = two.at[..., 0].set(first_BH > 0)
+  return jnp.where(two, 2, 1).astype(jnp.int32)
 
 
 def _shifted(x, by: int, fill):
