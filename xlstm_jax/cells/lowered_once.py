@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import jax
 import jax.export
-import jax.numpy as jnp
 
+from xlstm_jax.cells.more_rows import more_rows
 from xlstm_jax.cells.varying import alike
 
 PLATFORM = "cuda"
@@ -61,23 +61,7 @@ def lowered_once(*static: str) -> Callable[[Callable], Callable]:
       options = tuple((n, kwargs.pop(n)) for n in static if n in kwargs)
       leaves, tree = jax.tree.flatten((args, kwargs))
 
-      @jax.custom_batching.custom_vmap
-      def rows(*leaves):
-        return run(tree, options, *leaves)
-
-      @rows.def_vmap
-      def _more_rows(size, batched, *leaves):
-        wide = (
-          x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-          for x, is_batched in zip(leaves, batched, strict=True)
-        )
-        results = rows(*(x.reshape(-1, *x.shape[2:]) for x in wide))
-        results = jax.tree.map(
-          lambda y: y.reshape(size, -1, *y.shape[1:]), results
-        )
-        return results, jax.tree.map(lambda _: True, results)
-
-      return rows(*leaves)
+      return more_rows(functools.partial(run, tree, options))(*leaves)
 
     return call
 

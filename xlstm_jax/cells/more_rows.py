@@ -8,19 +8,19 @@ import jax
 import jax.numpy as jnp
 
 
-def more_rows(kernel: Callable[..., tuple]) -> Callable[..., tuple]:
+def more_rows(kernel: Callable) -> Callable:
   """Decorates a kernel whose arrays, and results, have rows in front.
 
-  Arrays go by place, in trees or not; what goes by name is static.
+  Both may be trees. Arrays go by place; what goes by name is static.
   """
 
   @functools.wraps(kernel)
-  def call(*arrays: Any, **static: Any) -> tuple:
+  def call(*arrays: Any, **static: Any) -> Any:
     leaves, tree = jax.tree.flatten(arrays)
 
     @jax.custom_batching.custom_vmap
     def rows(*leaves):
-      return tuple(kernel(*jax.tree.unflatten(tree, leaves), **static))
+      return kernel(*jax.tree.unflatten(tree, leaves), **static)
 
     @rows.def_vmap
     def _mapped(size, batched, *leaves):
@@ -29,8 +29,10 @@ def more_rows(kernel: Callable[..., tuple]) -> Callable[..., tuple]:
         for x, is_batched in zip(leaves, batched, strict=True)
       )
       results = rows(*(x.reshape(-1, *x.shape[2:]) for x in wide))
-      results = tuple(y.reshape(size, -1, *y.shape[1:]) for y in results)
-      return results, (True,) * len(results)
+      results = jax.tree.map(
+        lambda y: y.reshape(size, -1, *y.shape[1:]), results
+      )
+      return results, jax.tree.map(lambda _: True, results)
 
     return rows(*leaves)
 
