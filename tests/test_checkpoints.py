@@ -659,7 +659,7 @@ def test_a_save_in_which_orbax_merged_nothing_has_failed(
   save(checkpoints, mesh, 1)
   with pytest.raises(
     UserError,
-    match=r"\((params|optimizer)/manifest\.ocdbt is missing\): look after",
+    match=r"\((params|optimizer)/manifest\.ocdbt is missing\): check its disk",
   ):
     checkpoints.failure(wait=True)
   checkpoints.close()

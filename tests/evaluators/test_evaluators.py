@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import pytest
 from data.small_datasets import write_dataset
+from tools.trajectory import trajectory
 
 from xlstm_jax import config, metrics
 from xlstm_jax.checkpoints import Checkpoints
@@ -98,7 +99,7 @@ def empty(tmp_path_factory):
 
 
 def evaluations(workdir) -> list[dict[str, Any]]:
-  records = metrics.trajectory(workdir)
+  records = trajectory(workdir)
   return [r for r in records if metrics.holds(r, metrics.EVALUATED)]
 
 

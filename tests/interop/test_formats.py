@@ -16,7 +16,7 @@ from xlstm_jax.config import RunConfig
 from xlstm_jax.errors import UserError
 from xlstm_jax.interop import tensor_files, workdir
 from xlstm_jax.interop.names import Format, NameMap, tensor
-from xlstm_jax.interop.options import Options
+from xlstm_jax.interop.options import Options, Size
 from xlstm_jax.mixers.slstm import SLSTMConfig
 from xlstm_jax.models.config import ModelConfig
 from xlstm_jax.models.language_model import Definition
@@ -45,8 +45,8 @@ FORMAT = Format(
 def model_config(content) -> ModelConfig:
   options = Options(content)
   return ModelConfig(
-    vocab_size=options.integer("tokens", None, minimum=1),
-    width=options.integer("channels", None, minimum=1),
+    vocab_size=options.get("tokens", Size),
+    width=options.get("channels", Size),
     num_blocks=1,
     slstm_at=(0,),
     slstm=SLSTMConfig(num_heads=2, feedforward=False),

@@ -16,8 +16,9 @@ import pytest
 from data.small_datasets import write_dataset
 from fake_model import FakeDefinition
 from small_run import final_items
+from tools.trajectory import trajectory
 
-from xlstm_jax import config, metrics, optim, sharding
+from xlstm_jax import config, optim, sharding
 from xlstm_jax.checkpoints import CheckpointConfig, Checkpoints
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data.pipeline import DataConfig
@@ -92,14 +93,14 @@ def test_a_run_with_it_is_saved_and_continued(data, tmp_path, capsys):
   cfg = run_config(data, "momentum")
   workdir = tmp_path / "run"
   assert loop.train(cfg, workdir) == 0
-  losses = [r["loss"] for r in metrics.trajectory(workdir)]
+  losses = [r["loss"] for r in trajectory(workdir)]
   assert losses[1] < losses[0]
   whole = final_items(workdir, cfg)
   resumed = shutil.copytree(workdir, tmp_path / "resumed")
   shutil.rmtree(resumed / "checkpoints" / "2")
   assert loop.train(cfg, resumed) == 0
   assert "start     step 1, batch 1 of the data" in capsys.readouterr().out
-  assert metrics.trajectory(resumed) == metrics.trajectory(workdir)
+  assert trajectory(resumed) == trajectory(workdir)
   jax.tree.map(np.testing.assert_array_equal, final_items(resumed, cfg), whole)
   other = dataclasses.replace(cfg, optim=OptimConfig(), steps=3)
   with pytest.raises(

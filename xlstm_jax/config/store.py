@@ -40,7 +40,8 @@ def load(workdir: epath.PathLike) -> RunConfig:
     return conversion.from_mapping(RunConfig, values)
   except UserError as error:
     raise UserError(
-      f"{path} is not as a run of this version wrote it: {error} {advice}"
+      f"{path} is not as a run of this version wrote it: {error} Restore the "
+      "file, or use another workdir."
     ) from error
 
 

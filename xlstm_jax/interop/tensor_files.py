@@ -291,5 +291,5 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
 
 def _damaged(path: pathlib.Path, what: str) -> UserError:
   return UserError(
-    f"{path} is damaged or not a safetensors file: {what}. {_ADVICE}"
+    f"{path} is damaged or not a safetensors file: {what}. Fetch it again."
   )

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tools.trajectory import trajectory
 
-from xlstm_jax import metrics
 from xlstm_jax.config import RunConfig
 from xlstm_jax.data import documents, encoding, shards
 from xlstm_jax.data.pipeline import DataConfig
@@ -142,7 +142,7 @@ def test_what_is_prepared_trains(tmp_path):
     compilation_cache=None,
   )
   assert loop.train(cfg, tmp_path / "run") == 0
-  assert len(metrics.trajectory(tmp_path / "run")) == 2
+  assert len(trajectory(tmp_path / "run")) == 2
 
 
 def read(path: Path, start: Place | None = None):
