@@ -4,7 +4,7 @@ import enum
 
 
 class Status(enum.IntEnum):
-  """What a scheduler can tell apart; it may start the run again after each.
+  """What a scheduler can tell apart; it may restart on all but 0, 2 and 3.
 
   Attributes:
     DONE: all steps are done.

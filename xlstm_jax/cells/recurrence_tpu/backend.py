@@ -2,7 +2,7 @@
 
 The scan reads R from memory for every token and starts a dozen operations, each
 of which waits for the one before. Here one kernel runs over all tokens.
-docs/kernels.md has the design.
+docs/kernels_tpu.md has the design.
 """
 
 from functools import partial

@@ -1,6 +1,6 @@
 """The mLSTM on TPUs: gates in plain XLA, chunks in two Pallas kernels.
 
-docs/kernels.md has the design.
+docs/kernels_tpu.md has the design.
 """
 
 import pathlib
