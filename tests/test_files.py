@@ -130,6 +130,21 @@ def test_a_device_stays_one(tmp_path):
   assert pipe.is_fifo()
 
 
+def test_a_pipe_without_a_name_is_written_to():
+  reading, writing = os.pipe()
+  files.write(f"/dev/fd/{writing}", "content")
+  os.close(writing)
+  with open(reading) as file:
+    assert file.read() == "content"
+
+
+def test_a_replaced_file_keeps_its_permissions(tmp_path):
+  path = tmp_path / "report.json"
+  path.touch(mode=0o600)
+  files.write(path, "content")
+  assert path.stat().st_mode & 0o777 == 0o600
+
+
 def test_the_longest_name_can_be_written(tmp_path):
   path = tmp_path / ("\u00e9" * 127)
   files.write(path, b"content")

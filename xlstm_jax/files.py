@@ -28,21 +28,25 @@ _NO_LOCKS = (*_NOT_SUPPORTED, errno.ENOLCK, errno.EBADF)
 def write(path: StrPath, content: Content) -> None:
   """Replaces a file: after a crash it holds the old content or the new.
 
-  When this returns, the new content survives a power failure. A link stays one,
-  and a device or pipe is written to as it is.
+  When this returns, the new content survives a power failure. The file keeps
+  its permissions. A link stays one, and a device or pipe is written to as it
+  is.
 
   Args:
     path: of the file.
     content: its bytes or text, or a function that writes them to an open file.
   """
-  path = Path(os.path.realpath(path))
-  if path.exists() and not path.is_file():
-    with path.open("wb") as file:
+  # Before links are followed: /dev/stdout may lead to a name that no file has.
+  if os.path.exists(path) and not os.path.isfile(path):
+    with open(path, "wb") as file:
       _write(file, content)
     return
+  path = Path(os.path.realpath(path))
   temporary = temporary_path(path)
   try:
     with temporary.open("wb") as file:
+      if path.exists():
+        os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
       _write(file, content)
       file.flush()
       os.fsync(file.fileno())

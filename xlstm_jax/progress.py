@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Self
 
+from xlstm_jax import files
 from xlstm_jax.checkpoints import Checkpoints
 from xlstm_jax.data.pipeline import DataConfig
 
@@ -75,7 +76,7 @@ class Progress:
   seed: int
   tokenizer: str
   data: list[str]
-  order: WindowOrder | None
+  order: WindowOrder | None = None
   health: LossHistory
   owes_evaluation: bool
 
@@ -84,16 +85,18 @@ class Progress:
     return dataclasses.asdict(self)
 
   @classmethod
-  def from_json(cls, saved: dict[str, Any]) -> Self:
-    """What `to_json` saved, of this version or an older one."""
-    order = saved.get("order")
-    return cls(
-      **saved
-      | {
-        "order": None if order is None else WindowOrder(**order),
-        "health": LossHistory(**saved["health"]),
-      }
-    )
+  def from_json(cls, saved: Any, path: files.StrPath) -> Self:
+    """What `to_json` saved, of this version or another one.
+
+    Args:
+      saved: The item of a checkpoint.
+      path: Of the checkpoint, for messages.
+
+    Raises:
+      UserError: it is not what a checkpoint holds.
+    """
+    advice = "Restore the checkpoint from a copy, or move it away."
+    return files.convert(saved, cls, path, advice=advice)
 
 
 def exists(checkpoints: Checkpoints, step: int) -> bool:
@@ -103,4 +106,5 @@ def exists(checkpoints: Checkpoints, step: int) -> bool:
 
 def read(checkpoints: Checkpoints, step: int) -> Progress:
   """The progress in the checkpoint of a step."""
-  return Progress.from_json(checkpoints.restore(step, {ITEM: None})[ITEM])
+  saved = checkpoints.restore(step, {ITEM: None})[ITEM]
+  return Progress.from_json(saved, checkpoints.directory / str(step))

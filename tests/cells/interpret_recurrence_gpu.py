@@ -57,12 +57,13 @@ def main(cell: str, units: int, names: list[str]) -> None:
   )
   gates = [name for name in names if name not in FAULTS]
 
-  def shares(gate):
+  def shares(gate, time=TIME):
     kernel = contract.Form("pallas_gpu", units, scaled=True)
     return contract.rounded_shares(
-      cell, gate, TIME, dtype="bfloat16", form=kernel
+      cell, gate, time, dtype="bfloat16", form=kernel
     )
 
+  mlstm_contract.check(shares(gates[0], time=1))
   for gate in gates:
     mlstm_contract.check(shares(gate))
   for name in names[len(gates) :]:

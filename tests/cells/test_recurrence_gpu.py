@@ -6,6 +6,7 @@ gets what; products are plain arithmetic there) and, where the CUDA wheels are
 installed, the real compiler.
 """
 
+import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -146,12 +147,46 @@ HOPPER = type("Device", (), {"platform": "gpu", "device_kind": "NVIDIA H200"})
   ("changes", "message"),
   [
     ({"matrix_dtype": "float32"}, "recurrent matrices are float32"),
+    ({"dtype": "float16"}, "inputs in float32 or bfloat16, and .* in float16"),
     ({"D": 80}, "heads of 64, 128, 192, 256, 384, 512 units, .* have 80"),
   ],
 )
 def test_what_the_kernels_do_not_take(changes, message):
   assert backend.why_not(HOPPER(), shapes()) is None
   assert re.search(message, backend.why_not(HOPPER(), shapes(**changes)))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"T": 1}, "one step only"),
+    ({"D": 512, "B": 40}, "40 rows of 4 heads of 512 units are more than"),
+  ],
+)
+def test_what_auto_leaves_to_the_scan(changes, message):
+  assert backend.why_not_auto(shapes()) is None
+  assert backend.why_not_auto(shapes(D=512, B=32)) is None
+  assert backend.why_not_auto(shapes(B=256)) is None
+  assert message in backend.why_not_auto(shapes(**changes))
+
+
+def test_kernels_are_lowered_where_numbers_are_wide_by_default(monkeypatch):
+  monkeypatch.setattr(backend, "why_not", lambda device, shapes: None)
+  forms = slstm.BACKENDS.backends
+  row = dataclasses.replace(forms["pallas_gpu"], why_not=backend.why_not)
+  monkeypatch.setitem(forms, "pallas_gpu", row)
+
+  def loss(x, R, b):
+    return slstm.slstm(x, R, b, backend="pallas_gpu")[0].sum()
+
+  sizes = ((8, 4, 4, 1, 64), "float32"), ((4, 1, 64, 64), "bfloat16")
+  arrays = [
+    jax.ShapeDtypeStruct(*one) for one in (*sizes, ((4, 1, 64), "float32"))
+  ]
+  with jax.enable_x64(True):
+    lowered = jax.jit(jax.grad(loss)).trace(*arrays)
+    text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("mosaic_gpu") >= 2
 
 
 @pytest.mark.parametrize("cell", RUNS)

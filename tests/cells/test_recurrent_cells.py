@@ -13,7 +13,7 @@ import pytest
 from bound import excess
 from jax.sharding import AxisType, PartitionSpec
 
-from xlstm_jax.cells import lstm, recurrence, slstm
+from xlstm_jax.cells import hopper_gpus, lstm, recurrence, slstm
 
 CELLS = {
   "slstm": (slstm, slstm.slstm, slstm.slstm_step),
@@ -35,6 +35,9 @@ class Form(NamedTuple):
 
 
 NATIVE = Form()
+KERNELS = [Form("pallas_gpu", D, scaled=True) for D in (64, 192, 256, 384, 512)]
+# A kernel's rows are tested where its device is.
+KERNELS_HERE = KERNELS if hopper_gpus.device_refusal() is None else []
 BEFORE = mlstm_contract.BEFORE
 GATES = mlstm_contract.GATES
 
@@ -267,6 +270,16 @@ def test_all_gates_at_other_lengths(cell, time):
       mlstm_contract.check(shares(cell, gate, time))
 
 
+@pytest.mark.parametrize("time", [1, 2, TIME, 300])
+@pytest.mark.parametrize("form", KERNELS_HERE, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_kernels_hold_the_contract_on_their_device(cell, form, time):
+  for gate in GATES:
+    mlstm_contract.check(
+      rounded_shares(cell, gate, time, dtype="bfloat16", form=form)
+    )
+
+
 def test_y_does_not_depend_on_the_scale():
   """y does not change when c, n and m stand for the same past otherwise."""
   c = case("slstm", "normal")
@@ -370,7 +383,7 @@ def test_documents_rows_and_padding_do_not_mix(cell, gate):
   x, R, b, segments, state = inputs(cell, gate)
   with jax.enable_x64(True):
     y, last = apply(x, R, b, segments, state, cell=cell)
-    garbage = np.where((segments == 0)[..., None, None, None], 1e4, x)
+    garbage = np.where((segments == 0)[..., None, None, None], np.nan, x)
     assert_equal(apply(garbage, R, b, segments, state, cell=cell), (y, last))
     for row, document in ((1, 4), (1, 5), (1, 6), (2, 1), (2, 2), (3, 4)):
       (place,) = np.nonzero(segments[row] == document)
@@ -401,6 +414,7 @@ def test_gradients_do_not_cross_borders(cell):
     return jax.grad(loss)(x)
 
   with jax.enable_x64(True):
+    x = np.where((segments == 0)[..., None, None, None], np.nan, x)
     R, b, segments, state = jax.tree.map(jnp.asarray, (R, b, segments, state))
     for t in (0, 8, 20):
       seen = (segments == segments[:, t : t + 1]) & (np.arange(TIME) <= t)

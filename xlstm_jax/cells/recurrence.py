@@ -175,6 +175,8 @@ def _states_backward(cell, kept, dstates):
   )
   before = _fresh(start, before)
   raw = x + product("TBHD,GHDE->TBGHE", before[0], R, R.dtype) + b
+  # Padding may hold anything: 0 times its derivative would not be 0.
+  raw = jnp.where(real[..., None], raw, 0)
 
   def step(dunits, token):
     dstate, raw, before, real, start = token

@@ -61,9 +61,12 @@ def _optim_problems(cfg: RunConfig) -> Iterator[str]:
 
 
 def _mesh_problems(cfg: RunConfig, devices: int) -> Iterator[str]:
-  sizes = dict(
-    zip(sharding.AXES, sharding.mesh_shape(cfg.mesh, devices), strict=True)
-  )
+  try:
+    shape = sharding.mesh_shape(cfg.mesh, devices)
+  except UserError as error:
+    yield str(error)
+    return
+  sizes = dict(zip(sharding.AXES, shape, strict=True))
   shards = sizes["data"] * sizes["fsdp"]
   unit = shards * max(cfg.accumulation, 1)
   if cfg.batch_size % unit:

@@ -47,6 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
   options = _parser().parse_args(arguments)
   mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1))
   model = trained.load(options.workdir, step=options.step, mesh=mesh)
+  for name in model.cfg.evaluators.names:
+    if name not in evaluators.EVALUATORS:
+      raise UserError(
+        f"The run names the evaluator {name!r}; there are "
+        f"{', '.join(evaluators.EVALUATORS)}."
+      )
   context = options.context or model.cfg.data.context
   if context == "document":
     piece = length = min(model.cfg.data.context, _BATCH_TOKENS)
@@ -112,12 +118,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _other_figures(subject: Subject, cfg: RunConfig) -> dict[str, float]:
   """What the run's evaluators find, except for the perplexity."""
   names = [n for n in cfg.evaluators.names if n != evaluators.PERPLEXITY]
-  for name in names:
-    if name not in evaluators.EVALUATORS:
-      raise UserError(
-        f"The run names the evaluator {name!r}; there are "
-        f"{', '.join(evaluators.EVALUATORS)}."
-      )
   return evaluators.figures(subject, cfg.evaluators, tuple(names))
 
 

@@ -141,9 +141,10 @@ _WORDS = {
 def _read(path: epath.Path) -> _File:
   """What the file of a run says; nothing where it is missing or damaged."""
   if path.exists():
+    data = files.read(path, limit=_MAX_BYTES)
     # Damaged, it costs the figures and not the run.
     with contextlib.suppress(UserError):
-      file = files.read_json(path, _File, limit=_MAX_BYTES)
+      file = files.parse_json(data, _File, path)
       if {*file.spent}.union(*file.checkpoints.values()) <= {STEP, *_WORDS}:
         return file
   return _File(None, {}, {})

@@ -45,7 +45,7 @@ def check_same_run(run: Run) -> None:
     old, new = changed["optim.name"]
     raise UserError(
       f"The workdir {run.workdir} holds a run of another optimizer "
-      f"(optim.name: {old} -> {new}), whose state does not fit: go on with "
+      f"(optim.name: {old} -> {new}), whose state does not fit: continue with "
       f"--config.optim.name={old}, or train in another workdir with "
       f"--config.init_from={run.workdir}."
     )
@@ -242,7 +242,8 @@ def _restored(run: Run, step: int) -> LoopState:
   items = run.checkpoints.restore(
     step, {**states.to_items(like), progress.ITEM: None}
   )
-  saved = Progress.from_json(items[progress.ITEM])
+  place = run.checkpoints.directory / str(step)
+  saved = Progress.from_json(items[progress.ITEM], place)
   position = next_batch(windows=saved.windows, batch_size=run.cfg.batch_size)
   skipped = saved.skipped
   if skipped is None:

@@ -17,15 +17,17 @@ units to a warpgroup.
 
 Values travel from registers to the other blocks' shared memory
 (`st.async`); a barrier there counts the bytes that have arrived. There are two
-buffers, and no other synchronisation: a block sends h_{t+2} only after it has
-h_{t+1} of every warp of every block, and they sent that after they had read
-h_t.
+buffers. Forward, nothing else synchronises: a block sends h_{t+2} only after it
+has h_{t+1} of every warp of every block, and they sent that after they had read
+h_t. Backward, only some warps of a block send to a given other one; all of them
+meet at a barrier of the block before, when each has read its sums.
 
 A step's gates are M x N = (4 U) x 8 products of depth D. Rows of R^T are in the
 order that leaves all four gates of a unit in one thread, which then computes
 its part of the cell alone: thread `lane` of warp k of a warpgroup has unit
 8 k + lane // 4 and rows 2 (lane % 4) and 2 (lane % 4) + 1 (layout `UNITS`).
 
-Letters: B rows, T time, G gates (i, f, z, o), H heads, D units of a head, S
-blocks of a cluster, U units of a block, W warpgroups of a block.
+Letters: B rows, T time, P the T + 1 places before, between and after steps, G
+gates (i, f, z, o), H heads, F groups of heads with marks in common, D units of
+a head, S blocks of a cluster, U units of a block, W warpgroups of a block.
 """

@@ -7,7 +7,8 @@ arguments and results.
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from xlstm_jax.cells.gpu_internals import plgpu
 from xlstm_jax.cells.recurrence_gpu import ptx
@@ -80,6 +81,7 @@ def load_tiles(R_ref, R_smem, there, in_registers, interpret: Any) -> list:
     else:
       tiles.append(buffer_ref)
     if not interpret:
+      # Before the next copy overwrites what other warps still read.
       ptx.synchronise()
   return tiles
 
@@ -94,6 +96,11 @@ def where(condition: Bool[Array, "32 8"], x: tuple, y: tuple) -> tuple:
 def empty(cell: Pointwise, interpret: Any) -> tuple[Units, ...]:
   """h and the memories where a document starts."""
   return tuple(filled(value, interpret) for value in (0.0, *cell.empty))
+
+
+def rem(t: Int[Array, ""], count: int) -> Int[Array, ""]:
+  """The place of step t in a ring."""
+  return lax.rem(t, jnp.int32(count))
 
 
 def starts(marks: Array) -> Bool[Array, "32 8"]:
@@ -118,8 +125,11 @@ def cluster_barrier(warpgroups: int):
   )
 
 
-def meet(barrier_ref) -> None:
+def meet(barrier_ref, interpret: Any) -> None:
   """Waits for all warpgroups of the cluster."""
+  if not interpret:
+    # Each warp tells other blocks that the warpgroup is here.
+    ptx.synchronise()
   plgpu.barrier_arrive(barrier_ref)
   plgpu.barrier_wait(barrier_ref)
 

@@ -29,6 +29,10 @@ from xlstm_jax.cells.recurrence_gpu.pointwise import (
   Pointwise,
 )
 
+# Of heads of more than 256 units about 8 clusters fit a GPU at a time. At so
+# many, two rounds of them, it was measured or is expected to be faster.
+MOST_WIDE_CLUSTERS = 16
+
 
 class _Options(NamedTuple):
   """What is static in the kernels."""
@@ -94,6 +98,10 @@ def why_not(device: Any, shapes: Shapes) -> str | None:
       "it multiplies in bfloat16, and the recurrent matrices are "
       f"{shapes.matrix_dtype}"
     )
+  if shapes.dtype not in ("float32", "bfloat16"):
+    return (
+      f"it takes inputs in float32 or bfloat16, and these are in {shapes.dtype}"
+    )
   if shapes.D not in BLOCKS:
     sizes = ", ".join(map(str, BLOCKS))
     return f"it takes heads of {sizes} units, and these have {shapes.D}"
@@ -102,7 +110,15 @@ def why_not(device: Any, shapes: Shapes) -> str | None:
 
 def why_not_auto(shapes: Shapes) -> str | None:
   """Why "auto" leaves such arrays to the scan, or None."""
-  return "there is one step only" if shapes.T == 1 else None
+  if shapes.T == 1:
+    return "there is one step only"
+  clusters = -(-shapes.B // ROWS) * shapes.H
+  if shapes.D > 256 and clusters > MOST_WIDE_CLUSTERS:
+    return (
+      f"{shapes.B} rows of {shapes.H} heads of {shapes.D} units are more than "
+      "it was found to be faster for"
+    )
+  return None
 
 
 def _kernels():
@@ -163,8 +179,8 @@ def _backward(options, kept, cotangents):
   )
   dR = product("BTHD,BTGHE->GHDE", before, draw, R.dtype)
   db = jnp.sum(draw, axis=(0, 1))
-  gates = draw.astype(x.dtype), dR.astype(R.dtype), db
-  return *gates, None, dy_first, tuple(dfirst)
+  dinputs = draw.astype(x.dtype), dR.astype(R.dtype), db
+  return *dinputs, None, dy_first, tuple(dfirst)
 
 
 _recur.defvjp(_forward, _backward)

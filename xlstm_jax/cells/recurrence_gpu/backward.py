@@ -91,7 +91,7 @@ def backward(
         operand.at[slot, rows, head, block, place][...] = dgate.T.astype(
           jnp.bfloat16
         )
-      arrays.meet(together)
+      arrays.meet(together, interpret)
 
     def gather(slot, parity):
       """dh of the warpgroup's units: the sum of what all blocks sent."""
@@ -119,7 +119,7 @@ def backward(
         ptx.make_barriers(barriers)
 
       expect(jnp.int32(0), 0)
-    arrays.meet(together)
+    arrays.meet(together, interpret)
 
     marks_ref = marks_ref.at[head // sharing, :, rows]
 
@@ -148,7 +148,7 @@ def backward(
 
     def step(s, carry):
       marks_after, passed, dmemories, (marks, dy, raw, before) = carry
-      t, slot = T - 1 - s, lax.rem(s, 2)
+      t, slot = T - 1 - s, arrays.rem(s, 2)
       padding = arrays.is_padding(marks)
       before = arrays.where(arrays.starts(marks), nothing[1:], before)
       # This needs nothing from the steps after it.
@@ -156,7 +156,7 @@ def backward(
       fetched = fetch(jnp.maximum(t - 1, 0))
       if not interpret:
         expect(1 - slot, S * owned * ROWS * 4)
-      dh = dy + dh_before(marks_after, passed, slot, lax.rem(s // 2, 2))
+      dh = dy + dh_before(marks_after, passed, slot, arrays.rem(s // 2, 2))
       dgates, dbefore = cell.back(local, dh, dmemories)
       dgates = arrays.where(padding, (zero,) * 4, dgates)
       send(dgates, 1 - slot)
@@ -175,12 +175,14 @@ def backward(
       at.load(ref.at[rows, :, head, units], start) for ref in dlast_refs
     )
     carry = arrays.no_marks(fetched[0]), zero, dlast, fetched
-    marks, passed, dfirst, _ = lax.fori_loop(0, T, step, carry)
+    marks, passed, dfirst, _ = lax.fori_loop(
+      jnp.int32(0), jnp.int32(T), step, carry
+    )
     dh = dh_before(marks, passed, jnp.int32(T % 2), jnp.int32(T // 2 % 2))
     for ref, x in zip(dfirst_refs, (dh, *dfirst), strict=True):
       at.store(ref.at[rows, :, head, units], start, x)
-    # Nothing may be sent to a block that has ended.
-    arrays.meet(together)
+    # Nothing is sent to a block that has ended: each has its last sums.
+    arrays.meet(together, interpret)
 
   shape = jax.ShapeDtypeStruct
   kept_tiles = max(in_registers.count(False), 1)

@@ -79,7 +79,7 @@ def forward(
     )
 
     def fetch(t):
-      slot = lax.rem(t, AHEAD)
+      slot = arrays.rem(t, AHEAD)
       plgpu.copy_gmem_to_smem(
         x_ref.at[rows, jnp.minimum(t, T - 1), :, head, units],
         x_ring.at[worker, slot],
@@ -88,17 +88,17 @@ def forward(
 
     def gates(t):
       """x + R h of the warpgroup's units."""
-      slot = lax.rem(t, AHEAD)
+      slot = arrays.rem(t, AHEAD)
       plgpu.barrier_wait(x_there.at[worker * AHEAD + slot])
-      x_ref, h_slot = x_ring.at[worker, slot], lax.rem(t, 2)
+      x_slot, h_slot = x_ring.at[worker, slot], arrays.rem(t, 2)
       if not interpret:
         return ptx.gates(D, cut.forward, x_BTGHD.dtype)(
-          tuple(R), h_ring, x_ref, barriers, h_slot, lax.rem(t // 2, 2)
+          tuple(R), h_ring, x_slot, barriers, h_slot, arrays.rem(t // 2, 2)
         )
       h = h_ring[h_slot, rows, head].astype(jnp.float32)
       sums = [forward_gates(tile[...].astype(jnp.float32) @ h.T) for tile in R]
       return [
-        x_ref[:, gate].astype(jnp.float32).T + sum_
+        x_slot[:, gate].astype(jnp.float32).T + sum_
         for gate, sum_ in enumerate(itertools.chain(*sums))
       ]
 
@@ -106,7 +106,7 @@ def forward(
       """To all blocks' slot."""
       if interpret:
         h_ring.at[slot, rows, head, units][...] = h.T.astype(jnp.bfloat16)
-        arrays.meet(together)
+        arrays.meet(together, interpret)
       else:
         ptx.send_units(S, D)(h, h_ring, barriers, slot, first)
 
@@ -128,7 +128,7 @@ def forward(
         plgpu.barrier_wait(there)
 
       expect(jnp.int32(0), 0)
-    arrays.meet(together)
+    arrays.meet(together, interpret)
 
     marks_ref = marks_ref.at[head // sharing, :, rows]
     marks = [at.load_marks(marks_ref, jnp.int32(min(t, T - 1))) for t in (0, 1)]
@@ -146,7 +146,7 @@ def forward(
 
     def step(t, carry):
       before, marks, marks_next = carry
-      slot = lax.rem(t + 1, 2)
+      slot = arrays.rem(t + 1, 2)
       if not interpret:
         expect(slot, ROWS * D * 2)
       marks_ahead = at.load_marks(marks_ref, jnp.minimum(t + 2, T - 1))
@@ -165,13 +165,13 @@ def forward(
 
     for t in range(AHEAD - 1):
       fetch(jnp.int32(t))
-    lax.fori_loop(0, T, step, (before, *marks))
+    lax.fori_loop(jnp.int32(0), jnp.int32(T), step, (before, *marks))
     for t in range(T, T + AHEAD - 1):
       plgpu.barrier_wait(x_there.at[worker * AHEAD + t % AHEAD])
     if not interpret:
       # Nothing may be sent to a block that has ended.
       ptx.wait(barriers, jnp.int32(T % 2), jnp.int32(T // 2 % 2))
-    arrays.meet(together)
+    arrays.meet(together, interpret)
 
   shape = jax.ShapeDtypeStruct
   kept_tiles = max(cut.forward.count(False), 1)

@@ -42,14 +42,20 @@ def _sigmoid(x):
 
 
 def _tanh(x):
-  return 1 - 2 / (1 + jnp.exp(2 * x))
+  # Where x is small, the difference of two numbers near 1 has few digits.
+  square = x * x
+  series = x * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
+  return jnp.where(square < 0.01, series, 1 - 2 / (1 + jnp.exp(2 * x)))
+
+
+def _log1p(e):
+  # 1 + e rounds away what e is where it is small.
+  series = e * (1 - e * (0.5 - e * (1 / 3)))
+  return jnp.where(e < 0.01, series, jnp.log(1 + e))
 
 
 def _log_sigmoid(x):
-  # 1 + e rounds away what e is where it is small.
-  e = jnp.exp(-jnp.abs(x))
-  series = e * (1 - e * (0.5 - e * (1 / 3)))
-  return jnp.minimum(x, 0.0) - jnp.where(e < 0.01, series, jnp.log(1 + e))
+  return jnp.minimum(x, 0.0) - _log1p(jnp.exp(-jnp.abs(x)))
 
 
 def _merge(i, carried):
@@ -59,7 +65,7 @@ def _merge(i, carried):
   smaller = e * larger
   written = jnp.where(i >= carried, larger, smaller)
   kept = jnp.where(i >= carried, smaller, larger)
-  return written, kept, jnp.maximum(i, carried) + jnp.log(1 + e)
+  return written, kept, jnp.maximum(i, carried) + _log1p(e)
 
 
 def _slstm_forward(gates: Gates, memories: Memories):

@@ -1,5 +1,13 @@
 """What the kernels need of a Hopper GPU and Pallas does not offer.
 
+A block waits at an mbarrier for the end of a phase, whose parity alternates. A
+phase ends when one thread has announced how many bytes will come
+(`mbarrier.arrive.expect_tx`) and so many have. `mapa` turns an address of a
+block's shared memory into that of the same place in another block of the
+cluster, and `st.async` stores there and counts the bytes at a barrier there.
+The PTX ISA has all of it under "Parallel Synchronization" and "Asynchronous
+Warpgroup Level Matrix Instructions".
+
 Every function is inline code of a warpgroup. An array of 32 units and 8 rows
 has the layout `UNITS`: a thread has two rows of one unit. Scalars are int32.
 """
@@ -206,6 +214,7 @@ def _packed(array) -> tuple[_Int, _Int, _Int]:
                results=_i32())  # fmt: skip
   unit, row = _place()
   odd = unit & 1
+  # Bytes of `own` are 0 to 3, of `other` 4 to 7: their lower halves, or upper.
   halves = odd * (0x3276 - 0x5410) + 0x5410
   word = _asm("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", own, other, halves,
               results=_i32())  # fmt: skip
@@ -330,6 +339,8 @@ def synchronise(_ctx):
 
 def _descriptor(address: _Int, group: int) -> _Int:
   """Of an operand at an address, its groups of 8 rows `group` bytes apart."""
+  # Address / 16 in bits 0 to 13, the distance / 16 from bit 32 on, the swizzle
+  # in bits 62 and 63.
   swizzle_128 = 1 << 62
   place = (address // 16 & 0x3FFF).wide()
   return place | (swizzle_128 | group // 16 << 32)
@@ -443,10 +454,11 @@ def gates(units: int, in_registers: tuple[bool, bool], x_dtype) -> Callable:
   )
   def gates(_ctx, R, h, x, barriers, slot, parity):
     slot, parity = _scalar(slot), _scalar(parity)
-    read = _read_f32 if x_dtype == jnp.float32 else _read_bf16
-    x = read(x)
+    read = {"float32": _read_f32, "bfloat16": _read_bf16}
+    x = read[str(x_dtype)](x)
     sums = [x[0] + x[1], x[2] + x[3]]
     _wait(barriers, slot, parity)
+    # h was written by stores, and matrix products read through another proxy.
     _asm("fence.proxy.async.shared::cta;", "")
     columns = _descriptor(_address(h) + slot * (ROWS * units * 2), TILE_BYTES)
     matrices = [
@@ -569,6 +581,8 @@ def send_products(
       place = _swizzled(row, warpgroup * (4 * LANES) + gate * LANES + unit)
       _asm("st.shared.b32 [$0], $1;", "r,r", _address(operand) + place, word)
     _asm("fence.proxy.async.shared::cta;", "")
+    # All warps have read their sums, whose slot may now be overwritten, and
+    # have finished the products of two steps ago, which read this operand.
     _synchronise(_Int(arith.constant(_i32(), ir.IntegerAttr.get(_i32(), 8))),
                  warpgroups)  # fmt: skip
     row_bytes = depth // TILE * TILE_BYTES
