@@ -23,6 +23,18 @@ def test_links_between_pages_lead_somewhere():
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_the_files_that_pages_name_are_there():
+  pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+  named = r"`((?:tests|scripts|experiments|xlstm_jax)/[\w/.-]+\.\w+)`"
+  found = {
+    path for page in pages for path in re.findall(named, page.read_text())
+  }
+  assert len(found) > 50
+  examples = {path for path in found if "NAME" in path or "CELL" in path}
+  missing = {path for path in found - examples if not (ROOT / path).exists()}
+  assert not missing
+
+
 def test_every_command_stands_in_the_readme():
   readme = (ROOT / "README.md").read_text()
   package = ROOT / "xlstm_jax"

@@ -1,7 +1,7 @@
 """Every private or experimental name of JAX and Orbax that is used here.
 
 A new version may rename any of them, and tests/test_jax_internals.py says which
-one it was. Those that only kernels use stand in cells/gpu_internals.py. JAX is
+one it was. Those of kernels are in cells/*_internals.py. JAX is
 imported by the functions, as `machine` uses a name without it.
 """
 

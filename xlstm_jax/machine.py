@@ -11,7 +11,7 @@ import traceback
 
 from xlstm_jax import jax_internals
 
-# How JAX's message begins where a platform is named that it does not have.
+# How JAX's message begins if a platform is named that JAX does not have.
 _NO_BACKEND = re.compile(r"(Unable to initialize|Unknown) backend")
 # Statuses of missing other processes, which are no fault of this machine.
 _OF_OTHERS = re.compile(

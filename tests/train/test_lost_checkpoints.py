@@ -154,14 +154,14 @@ def test_other_data_under_the_same_name_are_refused(
   assert loop.train(moved, workdir) == 0
   moved = dataclasses.replace(moved, steps=10)
   with pytest.raises(
-    UserError, match=rf"{data} was prepared anew.*accept_changes=true"
+    UserError, match=rf"{data} was prepared again.*accept_changes=true"
   ):
     loop.train(moved, workdir)
   capsys.readouterr()
   accepting = with_data(moved, accept_changes=True, context=64)
   assert loop.train(accepting, workdir) == 0
   told = capsys.readouterr().out
-  assert f"accepted  {data} was prepared anew since" in told
+  assert f"accepted  {data} was prepared again since" in told
   assert (
     "; data.context: 32 -> 64: some tokens are read twice in this epoch, and "
     "others never.\n"
@@ -222,7 +222,7 @@ def mixed(cfg, tmp_path_factory):
     ({"paths": lambda cfg: cfg.data.paths * 2}, "has 4 datasets, not 2: some"),
     (
       {"paths": lambda cfg: cfg.data.paths[:1] * 2},
-      "data was prepared anew since the checkpoint, or is another dataset: ",
+      "data was prepared again since the checkpoint, or is another dataset: ",
     ),
     (
       {"seed": 5, "context": 16},

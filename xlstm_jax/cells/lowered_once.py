@@ -15,7 +15,7 @@ import jax
 import jax.export
 
 from xlstm_jax.cells.more_rows import more_rows
-from xlstm_jax.cells.varying import alike
+from xlstm_jax.cells.varying import vary_together
 
 PLATFORM = "cuda"
 
@@ -54,7 +54,7 @@ def lowered_once(*static: str) -> Callable[[Callable], Callable]:
       shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
       results = exported(tree, options, *shapes).call(*leaves)
       # What is exported does not tell over which axes of a mesh it varies.
-      return alike(results, leaves)[0]
+      return vary_together(results, leaves)[0]
 
     @functools.wraps(kernel)
     def call(*args, **kwargs):

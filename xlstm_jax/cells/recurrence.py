@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from xlstm_jax.cells.backends import Registry
 from xlstm_jax.cells.documents import Documents, documents
 from xlstm_jax.cells.precision import accumulator, product
-from xlstm_jax.cells.varying import alike
+from xlstm_jax.cells.varying import vary_together
 
 # The numbers of a state without its segment, y first: zeros are the past of
 # a document's first token. A cell works on units of any shape.
@@ -68,7 +68,7 @@ def run(
   B, T, _, H, D = x_BTGHD.shape
   shapes = Shapes(B, T, H, D, str(x_BTGHD.dtype), str(R_GHDE.dtype))
   form = registry.choose(backend, shapes)
-  x_BTGHD, R_GHDE, b_GHD, segments_BT, units, segment_B = alike(
+  x_BTGHD, R_GHDE, b_GHD, segments_BT, units, segment_B = vary_together(
     x_BTGHD, R_GHDE, b_GHD, segments_BT, units, segment_B
   )
   wide = accumulator(jnp.promote_types(x_BTGHD.dtype, R_GHDE.dtype))

@@ -3,7 +3,7 @@
 import jax
 
 
-def alike[*Trees](*trees: *Trees) -> tuple[*Trees]:
+def vary_together[*Trees](*trees: *Trees) -> tuple[*Trees]:
   """`trees`, with every array varying over each mesh axis that any varies over.
 
   Inside `jax.shard_map`, JAX distinguishes arrays that are equal on every

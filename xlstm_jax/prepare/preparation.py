@@ -244,7 +244,7 @@ class Preparation:
     if self._journal.place != Place():
       done = sum(c.documents for c in self._journal.totals.values())
       say(f"continuing behind {done:,} documents")
-    progress = report.Progress(self._inputs, self._journal.place)
+    progress = report.ProgressLine(self._inputs, self._journal.place)
     committed = time.monotonic()
     with _stop_requests() as stop, self._encoded(tokens) as results:
       for encoded in results:

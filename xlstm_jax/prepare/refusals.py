@@ -53,7 +53,7 @@ def _typed(settings: dict[str, Any], others: dict[str, Any]) -> str:
 
 
 def _shortened(value: Any) -> str:
-  """A value of `_settings`, with 12 digits of a tokenizer's hash."""
+  """A value of `Options.settings`, with 12 digits of a tokenizer's hash."""
   name, separator, hash = str(value)[:200].partition(" ")
   if name == tokenizer.HuggingFaceTokenizer.kind:
     name = tokenizer.HUGGING_FACE_FILE

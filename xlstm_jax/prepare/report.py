@@ -46,7 +46,7 @@ class Skipped:
       self._waiting = []
 
 
-class Progress:
+class ProgressLine:
   """A line on stderr: often on a terminal, else every half minute."""
 
   def __init__(self, inputs: Sequence[Input], place: Place):

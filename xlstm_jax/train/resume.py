@@ -81,7 +81,7 @@ def _other_tokens(run: Run, saved: Progress) -> list[str]:
     paths = zip(run.cfg.data.paths, before, now, strict=True)
     others = ", ".join(path for path, old, new in paths if old != new)
     changed.append(
-      f"{others} was prepared anew since the checkpoint, or is another dataset"
+      f"{others} was prepared again since the checkpoint, or is another dataset"
     )
   else:
     changed.append(f"data.paths has {len(now)} datasets, not {len(before)}")

@@ -19,7 +19,7 @@ from xlstm_jax.cells.mlstm.recurrent import recurrent
 from xlstm_jax.cells.mlstm.state import State, empty_state
 from xlstm_jax.cells.mlstm.tpu import backend as tpu
 from xlstm_jax.cells.precision import accumulator
-from xlstm_jax.cells.varying import alike
+from xlstm_jax.cells.varying import vary_together
 from xlstm_jax.errors import UserError
 
 
@@ -161,7 +161,7 @@ def mlstm(
   wide = accumulator(q_BTHK.dtype)
   if state is None:
     state = empty_state(B, H, K, V, wide)
-  q_BTHK, k_BTHK, v_BTHV, i_BTH, f_BTH, segments_BT, state = alike(
+  q_BTHK, k_BTHK, v_BTHV, i_BTH, f_BTH, segments_BT, state = vary_together(
     q_BTHK, k_BTHK, v_BTHV, i_BTH, f_BTH, segments_BT, state
   )
   C_BHKV, n_BHK, m_BH = (x.astype(wide) for x in state[:3])

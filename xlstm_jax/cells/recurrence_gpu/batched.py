@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from xlstm_jax.cells.varying import alike
+from xlstm_jax.cells.varying import vary_together
 
 
 def batched(
@@ -27,7 +27,7 @@ def batched(
   @jax.custom_batching.custom_vmap
   def run(*args):
     # What a kernel returns does not tell over which axes of a mesh it varies.
-    return alike(function(*args), args)[0]
+    return vary_together(function(*args), args)[0]
 
   @run.def_vmap
   def _rule(size, are_batched, *args):
