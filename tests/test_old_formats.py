@@ -60,6 +60,7 @@ def test_the_dataset_is_read():
   assert text.endswith("where it now takes 0.11.\n")
 
 
+@pytest.mark.slow
 def test_the_run_continues_with_the_losses_it_had(workdir: Path):
   expected = {r["step"]: r for r in metrics.read(workdir) if "loss" in r}
   assert sorted(expected) == list(range(1, LAST + 1))

@@ -77,17 +77,10 @@ LONG = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("time", "form"),
-  [
-    pytest.param(
-      time,
-      form,
-      id=f"{time}-{form}",
-      marks=[] if (time, form.chunk) == (301, 48) else [pytest.mark.slow],
-    )
-    for time, form in LONG
-  ],
+  [pytest.param(*case, id="{}-{}".format(*case)) for case in LONG],
 )
 def test_all_gates_of_longer_sequences(time, form):
   for gate in GATES:
@@ -197,7 +190,7 @@ def test_options(form, dtype, options):
     CHECKS[dtype](form, gate, options=options)
 
 
-QUICK_TIMES = (1, 2, 17, 130)
+QUICK_TIMES = (1, 2, 17)
 TIMES = (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 130, 256, 500, 512)
 
 

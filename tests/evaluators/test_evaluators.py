@@ -182,4 +182,4 @@ def test_names_that_are_none_are_refused(data, names, message):
 def test_a_run_of_a_missing_evaluator_is_refused(data):
   cfg = run_config(data, "perplexity", "gone")
   with pytest.raises(UserError, match="the evaluator 'gone'; there are perp"):
-    evaluate._other_figures(SUBJECT, cfg)
+    evaluate._check_evaluators(cfg)

@@ -195,6 +195,7 @@ def short_run(tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_a_run_with_a_sound_kernel_trains_and_continues(
   short_run, tmp_path, monkeypatch, capsys
 ):

@@ -47,12 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   options = _parser().parse_args(arguments)
   mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1))
   model = trained.load(options.workdir, step=options.step, mesh=mesh)
-  for name in model.cfg.evaluators.names:
-    if name not in evaluators.EVALUATORS:
-      raise UserError(
-        f"The run names the evaluator {name!r}; there are "
-        f"{', '.join(evaluators.EVALUATORS)}."
-      )
+  _check_evaluators(model.cfg)
   context = options.context or model.cfg.data.context
   if context == "document":
     piece = length = min(model.cfg.data.context, _BATCH_TOKENS)
@@ -113,6 +108,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
       path.parent.mkdir(parents=True, exist_ok=True)
       files.write_json(path, report)
   return 0
+
+
+def _check_evaluators(cfg: RunConfig) -> None:
+  """Before hours of work: the run may be of a version that has others."""
+  for name in cfg.evaluators.names:
+    if name not in evaluators.EVALUATORS:
+      raise UserError(
+        f"The run names the evaluator {name!r}; there are "
+        f"{', '.join(evaluators.EVALUATORS)}."
+      )
 
 
 def _other_figures(subject: Subject, cfg: RunConfig) -> dict[str, float]:

@@ -128,6 +128,7 @@ def test_it_makes_the_shards_that_the_text_makes(tmp_path):
   assert shards.open_split(ids, "heldout").documents > 0
 
 
+@pytest.mark.slow
 def test_what_is_prepared_trains(tmp_path):
   (tmp_path / "in").mkdir()
   toy_file(tmp_path / "in" / "a.toy")
