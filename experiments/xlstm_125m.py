@@ -21,8 +21,9 @@ has as many rows at a time.
 
 Cost: computed, 1.47e19 training FLOPs (0.936 GFLOP a token, models.counts, and
 15.7B tokens). Measured on one H200 (jax 0.11.2) in batches of 32 such rows:
-176,000 tokens/s or 25 H200-hours; [7:1], as it is here, 164,700 or 26. 8 rows
-at a time of which nothing is recomputed are slower ([1:0]: 102,800 tokens/s).
+[7:1] 164,700 tokens/s or 26 H200-hours; [1:0] 176,000 or 25, before kernels
+kept states in two parts. 8 rows at a time of which nothing is recomputed are
+slower ([1:0]: 102,800 tokens/s).
 
 Expected, validation perplexity: after 15B tokens unknown; after 300B tokens
 14.63, [7:1] 14.60 (published). Measured: unknown.

@@ -14,7 +14,7 @@ from xlstm_jax.jax_internals import coordination_client
 _KEY = "xlstm_jax"
 
 
-class Missing(RuntimeError):  # noqa: N818
+class Missing(RuntimeError):  # noqa: N818  (it is read as a state)
   """Some processes did not come to a meeting in time; the message says who."""
 
 
